@@ -1,0 +1,363 @@
+//! Settings: `config/muster.toml`, compiled in ← the file in `MUSTER_CONFIG` ← `MUSTER__SECTION__KEY`.
+//!
+//! Loaded once, in `main`; each part of the program is given its section by value. No field has a default
+//! of its own, so a setting that is missing from `config/muster.toml` fails every test. Unknown keys are
+//! refused, and a [`Secret`] prints as `***`.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use secrecy::{ExposeSecret, SecretString};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// The commented default settings.
+pub const DEFAULTS: &str = include_str!("../../config/muster.toml");
+
+/// All settings. Each field is explained in `config/muster.toml`.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Config {
+    pub data_dir: String,
+    pub http: Http,
+    pub mqtt: Mqtt,
+    pub ingest: Ingest,
+    pub database: Database,
+    pub auth: Auth,
+    pub retention: Retention,
+    pub log: Log,
+}
+
+/// `[http]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Http {
+    pub listen: SocketAddr,
+    pub max_body_bytes: usize,
+    pub request_timeout_ms: u64,
+}
+
+/// `[mqtt]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Mqtt {
+    pub listen: SocketAddr,
+    pub allow_plaintext: bool,
+    pub max_connections: usize,
+    pub connect_timeout_ms: u64,
+    pub packet_timeout_ms: u64,
+    pub max_packet_bytes: u32,
+    pub max_keep_alive_s: u16,
+    pub receive_maximum: u16,
+    pub max_subscriptions: usize,
+    pub outbox_messages: usize,
+    pub outbox_bytes: usize,
+    pub max_retained: usize,
+}
+
+/// `[ingest]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Ingest {
+    pub writers: usize,
+    pub batch_messages: usize,
+    pub batch_bytes: usize,
+    pub batch_wait_ms: u64,
+    pub queue_messages: usize,
+    pub queue_bytes: usize,
+    pub max_readings: usize,
+    pub max_metrics: usize,
+    pub max_shapes: usize,
+    pub max_ahead_ms: i64,
+    pub max_tracked_devices: usize,
+}
+
+/// `[database]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Database {
+    pub url: Secret,
+    pub max_connections: u32,
+    pub acquire_timeout_ms: u64,
+    pub binaries: String,
+}
+
+/// `[auth]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Auth {
+    pub access_token_s: u64,
+    pub login_concurrency: usize,
+    pub rotation_overlap_s: u64,
+}
+
+/// `[retention]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Retention {
+    pub telemetry_days: u32,
+    pub telemetry_max_bytes: u64,
+    pub dead_letter_days: u32,
+    pub dead_letter_max_rows: i64,
+}
+
+/// `[log]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Log {
+    pub filter: String,
+    pub format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For machines: one JSON object a line.
+    Json,
+}
+
+/// A setting that is never printed.
+#[derive(Clone, Default)]
+pub struct Secret(SecretString);
+
+impl Secret {
+    /// The secret itself.
+    pub fn expose(&self) -> &str {
+        self.0.expose_secret()
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text.into())
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.expose().is_empty() { "\"\"" } else { "***" })
+    }
+}
+
+impl<'de> Deserialize<'de> for Secret {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer).map(Self::from)
+    }
+}
+
+impl Serialize for Secret {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(if self.expose().is_empty() { "" } else { "***" })
+    }
+}
+
+/// Why the settings could not be loaded, in one line.
+#[derive(Debug, thiserror::Error)]
+#[error("settings: {0}")]
+pub struct BadConfig(String);
+
+/// What the environment says besides the settings, read here and nowhere else.
+#[derive(Debug, Clone, Default)]
+pub struct Environment {
+    /// `MUSTER_CONFIG`: a file of settings.
+    pub config_file: Option<PathBuf>,
+    /// `DATABASE_URL`, used when `database.url` is empty.
+    pub database_url: Option<String>,
+    /// `MUSTER_ADMIN_EMAIL`, read at the first start.
+    pub admin_email: Option<String>,
+    /// `MUSTER_ADMIN_PASSWORD`, read at the first start.
+    pub admin_password: Option<Secret>,
+    /// Where a user's own data belongs: `XDG_DATA_HOME`, else `HOME/.local/share`.
+    pub user_data: Option<PathBuf>,
+}
+
+impl Environment {
+    /// The environment of this process.
+    pub fn of_process() -> Self {
+        #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
+        let var = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let user_data = var("XDG_DATA_HOME")
+            .map(PathBuf::from)
+            .or_else(|| var("HOME").map(|home| PathBuf::from(home).join(".local/share")));
+        Self {
+            config_file: var("MUSTER_CONFIG").map(PathBuf::from),
+            database_url: var("DATABASE_URL"),
+            admin_email: var("MUSTER_ADMIN_EMAIL"),
+            admin_password: var("MUSTER_ADMIN_PASSWORD").map(Secret::from),
+            user_data,
+        }
+    }
+}
+
+impl Config {
+    /// The settings of this process: defaults, file, environment.
+    ///
+    /// # Errors
+    /// [`BadConfig`] names the key, what was found and what was expected.
+    pub fn load(environment: &Environment) -> Result<Self, BadConfig> {
+        Self::from_sources(environment, None)
+    }
+
+    /// As [`Config::load`], with `variables` in place of the process's own; for tests.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn from_sources(
+        environment: &Environment,
+        variables: Option<std::collections::HashMap<String, String>>,
+    ) -> Result<Self, BadConfig> {
+        let mut builder =
+            config::Config::builder().add_source(config::File::from_str(DEFAULTS, config::FileFormat::Toml));
+        if let Some(path) = &environment.config_file {
+            let text = std::fs::read_to_string(path)
+                .map_err(|e| BadConfig(format!("MUSTER_CONFIG names {}, which cannot be read: {e}", path.display())))?;
+            // Parsed on its own first, so that a syntax error names this file.
+            builder = builder.add_source(config::File::from_str(&text, config::FileFormat::Toml));
+        }
+        let variables = config::Environment::with_prefix("MUSTER")
+            .prefix_separator("__")
+            .separator("__")
+            .try_parsing(true)
+            .source(variables);
+        let mut loaded: Self = builder
+            .add_source(variables)
+            .build()
+            .and_then(config::Config::try_deserialize)
+            .map_err(|e| BadConfig(one_line(&e.to_string())))?;
+        if loaded.database.url.expose().is_empty()
+            && let Some(url) = &environment.database_url
+        {
+            loaded.database.url = Secret::from(url.clone());
+        }
+        loaded.check()?;
+        Ok(loaded)
+    }
+
+    /// Rules that types do not carry.
+    fn check(&self) -> Result<(), BadConfig> {
+        let rules = [
+            (
+                self.mqtt.listen.ip().is_loopback() || self.mqtt.allow_plaintext,
+                "mqtt.listen is not a loopback address: expected 127.0.0.1 or ::1, or mqtt.allow_plaintext = true",
+            ),
+            ((1..=64).contains(&self.ingest.writers), "ingest.writers: expected 1 to 64"),
+            ((1..=10_000).contains(&self.ingest.batch_messages), "ingest.batch_messages: expected 1 to 10000"),
+            (self.ingest.queue_messages > 0, "ingest.queue_messages: expected at least 1"),
+            (
+                self.ingest.queue_bytes >= self.mqtt.max_packet_bytes as usize,
+                "ingest.queue_bytes: expected at least mqtt.max_packet_bytes, else no large message would ever fit",
+            ),
+            (
+                self.ingest.max_readings > 0 && self.ingest.max_metrics > 0,
+                "ingest.max_readings and ingest.max_metrics: expected at least 1",
+            ),
+            (
+                (64..=268_435_455).contains(&self.mqtt.max_packet_bytes),
+                "mqtt.max_packet_bytes: expected 64 to 268435455",
+            ),
+            (self.mqtt.receive_maximum > 0, "mqtt.receive_maximum: expected 1 to 65535"),
+            (self.mqtt.max_keep_alive_s > 0, "mqtt.max_keep_alive_s: expected 1 to 65535"),
+            (self.mqtt.outbox_messages > 0, "mqtt.outbox_messages: expected at least 1"),
+            (self.database.max_connections > 0, "database.max_connections: expected at least 1"),
+            (self.auth.access_token_s > 0, "auth.access_token_s: expected at least 1"),
+            (self.auth.login_concurrency > 0, "auth.login_concurrency: expected at least 1"),
+            (self.retention.telemetry_days > 0, "retention.telemetry_days: expected at least 1"),
+            (self.retention.dead_letter_days > 0, "retention.dead_letter_days: expected at least 1"),
+        ];
+        match rules.iter().find(|(holds, _)| !holds) {
+            Some((_, rule)) => Err(BadConfig((*rule).to_owned())),
+            None => Ok(()),
+        }
+    }
+
+    /// The data directory, with "auto" resolved.
+    ///
+    /// # Errors
+    /// When "auto" is asked for and there is no home to put it in.
+    pub fn data_dir(&self, environment: &Environment, is_root: bool) -> Result<PathBuf, BadConfig> {
+        match (self.data_dir.as_str(), is_root, &environment.user_data) {
+            ("auto", true, _) => Ok(PathBuf::from("/var/lib/muster")),
+            ("auto", false, Some(home)) => Ok(home.join("muster")),
+            ("auto", false, None) => {
+                Err(BadConfig("data_dir = \"auto\" needs HOME or XDG_DATA_HOME; set MUSTER__DATA_DIR".into()))
+            }
+            (path, ..) => Ok(PathBuf::from(path)),
+        }
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    fn load(variables: &[(&str, &str)]) -> Result<Config, BadConfig> {
+        let variables = variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect::<HashMap<_, _>>();
+        Config::from_sources(&Environment::default(), Some(variables))
+    }
+
+    #[test]
+    fn the_shipped_file_sets_everything() {
+        let config = load(&[]).expect("config/muster.toml is complete");
+        assert_eq!(config.http.listen.port(), 8080);
+        assert_eq!(config.mqtt.listen.port(), 1883);
+    }
+
+    #[test]
+    fn the_environment_wins_over_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("own.toml");
+        std::fs::write(&file, "[http]\nlisten = \"127.0.0.1:1\"\n[ingest]\nwriters = 2\n").unwrap();
+        let environment = Environment { config_file: Some(file), ..Environment::default() };
+        let variables = HashMap::from([("MUSTER__HTTP__LISTEN".to_owned(), "127.0.0.1:2".to_owned())]);
+        let config = Config::from_sources(&environment, Some(variables)).unwrap();
+        assert_eq!((config.http.listen.port(), config.ingest.writers), (2, 2));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_in_one_line() {
+        for (key, value, expected) in [
+            ("MUSTER__HTTP__LISTNE", "127.0.0.1:1", "listne"),
+            ("MUSTER__NOSUCH", "1", "nosuch"),
+            ("MUSTER__INGEST__WRITERS", "many", "writers"),
+            ("MUSTER__HTTP__LISTEN", "localhost", "listen"),
+            ("MUSTER__MQTT__LISTEN", "0.0.0.0:1883", "allow_plaintext"),
+            ("MUSTER__LOG__FORMAT", "xml", "format"),
+        ] {
+            let error = load(&[(key, value)]).expect_err(key).to_string();
+            assert!(error.contains(expected), "{key}: {error}");
+            assert!(!error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_secret_is_never_printed() {
+        let config = load(&[("MUSTER__DATABASE__URL", "postgres://u:hunter2@h/d")]).unwrap();
+        assert_eq!(config.database.url.expose(), "postgres://u:hunter2@h/d");
+        let printed = format!("{config:?} {}", serde_json::to_string(&config).unwrap());
+        assert!(!printed.contains("hunter2"), "{printed}");
+    }
+
+    #[test]
+    fn database_url_is_honoured_when_the_setting_is_empty() {
+        let environment = Environment { database_url: Some("postgres://x".into()), ..Environment::default() };
+        let config = Config::from_sources(&environment, Some(HashMap::new())).unwrap();
+        assert_eq!(config.database.url.expose(), "postgres://x");
+    }
+}

@@ -1,0 +1,1 @@
+//! A device's tokens: issue, rotate with overlap, revoke, verify.

@@ -1,0 +1,1 @@
+//! Connecting to PostgreSQL, embedded or given, and bringing its schema up to date.

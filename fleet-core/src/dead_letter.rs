@@ -1,0 +1,1 @@
+//! Payloads that could not be read: acknowledged, so kept, with the reason.

@@ -1,0 +1,1 @@
+//! A device: enrol, find, list, change, delete.

@@ -1,0 +1,105 @@
+//! The one error of this crate. The doors translate it: `api/src/problem.rs` to a status code,
+//! the broker to a reason code.
+
+use crate::id::{BadId, CredentialId, DeviceId};
+
+/// What can go wrong with a fleet. The texts are for the caller and say what was expected.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No device of that name in the caller's tenant.
+    #[error("device {0} does not exist")]
+    NoSuchDevice(DeviceId),
+    /// The name is taken; names are never reused while the device exists.
+    #[error("device {0} exists already")]
+    DeviceExists(DeviceId),
+    /// The gateway named for a child does not exist.
+    #[error("gateway {0} does not exist: enrol it first")]
+    NoSuchGateway(DeviceId),
+    /// A device cannot be its own gateway, nor can a gateway stand behind another.
+    #[error(
+        "device {0} cannot be a gateway here: expected a device that has no gateway of its own and is not the device itself"
+    )]
+    BadGateway(DeviceId),
+    /// Somebody changed the row since the caller read it.
+    #[error("the device has changed since: expected version {expected}, found {found}")]
+    VersionMismatch {
+        /// The version the caller had read.
+        expected: i64,
+        /// The version that is stored.
+        found: i64,
+    },
+    /// No such credential of this device.
+    #[error("credential {0} does not exist")]
+    NoSuchCredential(CredentialId),
+    /// Two are valid already.
+    #[error("device {0} has two valid credentials already: revoke one first, or rotate")]
+    TooManyCredentials(DeviceId),
+    /// E-mail or password is wrong, or the user is disabled; which of them is not said.
+    #[error("e-mail or password is wrong")]
+    BadLogin,
+    /// The token is not one of ours, has expired, or its user is gone.
+    #[error("the access token is not valid: {0}")]
+    BadToken(&'static str),
+    /// An `Idempotency-Key` came again with a different request.
+    #[error("this Idempotency-Key was used for a different request")]
+    IdempotencyConflict,
+    /// A value outside its rules; the text says which and what was expected.
+    #[error("{0}")]
+    Invalid(String),
+    /// A name or id outside its grammar.
+    #[error(transparent)]
+    BadId(#[from] BadId),
+    /// More of something at once than its bound allows; worth trying again later.
+    #[error("too many {0} at once: try again shortly")]
+    Busy(&'static str),
+    /// The schema was migrated by a newer binary.
+    #[error(
+        "the database has schema version {found}, this binary knows {known}: use the newer muster, or restore a backup"
+    )]
+    SchemaTooNew {
+        /// Version of the schema in the database.
+        found: i64,
+        /// Newest version this binary knows.
+        known: i64,
+    },
+    /// The embedded PostgreSQL cannot run; the text says what to do.
+    #[error("{0}")]
+    Postgres(String),
+    /// A migration failed.
+    #[error("migration failed")]
+    Migrate(#[from] sqlx::migrate::MigrateError),
+    /// The database failed or is away.
+    #[error("database failed")]
+    Database(#[from] sqlx::Error),
+    /// A library answered what it never should; the text is for the log.
+    #[error("internal: {0}")]
+    Internal(String),
+}
+
+/// A result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Turns the violation of a named constraint into the rule it keeps.
+pub trait OrOn<T> {
+    /// `otherwise` when `constraint` was violated, else the error as it is.
+    fn or_on(self, constraint: &str, otherwise: impl FnOnce() -> Error) -> Result<T>;
+}
+
+impl<T> OrOn<T> for Result<T, sqlx::Error> {
+    fn or_on(self, constraint: &str, otherwise: impl FnOnce() -> Error) -> Result<T> {
+        self.map_err(|error| match &error {
+            sqlx::Error::Database(db) if db.constraint() == Some(constraint) => otherwise(),
+            _ => Error::Database(error),
+        })
+    }
+}
+
+/// Whether the statement itself was refused (a data or constraint error), so that sending it again cannot help.
+/// Everything else (the connection, the server, a full disk, a deadlock) may pass by itself.
+pub fn is_refused(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Database(db) => db.code().is_some_and(|code| code.starts_with("22") || code.starts_with("23")),
+        sqlx::Error::Encode(_) | sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. } => true,
+        _ => false,
+    }
+}

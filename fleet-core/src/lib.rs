@@ -1,0 +1,40 @@
+//! What a fleet is: nouns, rules and the SQL that keeps them. Knows no HTTP and no MQTT client.
+//!
+//! | noun | where |
+//! |---|---|
+//! | names and keys: tenant, device, credential, user | [`id`] |
+//! | the topic grammar | [`topic`] |
+//! | a device, its lifecycle and labels | [`device`] |
+//! | a device's tokens | [`credential`] |
+//! | online, lost, last seen | [`status`] |
+//! | readings: decode, insert, series | [`telemetry`] |
+//! | the newest value of each metric, and gaps in sequence numbers | [`latest`] |
+//! | payloads that could not be read | [`dead_letter`] |
+//! | people, their passwords and access tokens | [`user`], [`token`] |
+//! | permissions, and who may do what | [`policy`] |
+//! | answers kept for `Idempotency-Key` | [`idempotency`] |
+//! | partitions made ahead, old days dropped | [`retention`] |
+//! | the embedded PostgreSQL, connecting and migrating | [`postgres`], [`database`] |
+//! | settings, time, errors, test databases | [`config`], [`clock`], [`error`], [`testing`] |
+
+pub mod clock;
+pub mod config;
+pub mod credential;
+pub mod database;
+pub mod dead_letter;
+pub mod device;
+pub mod error;
+pub mod id;
+pub mod idempotency;
+pub mod latest;
+pub mod policy;
+pub mod postgres;
+pub mod retention;
+pub mod status;
+pub mod telemetry;
+pub mod testing;
+pub mod token;
+pub mod topic;
+pub mod user;
+
+pub use error::{Error, Result};

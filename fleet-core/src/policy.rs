@@ -1,0 +1,273 @@
+//! Who may do what: one policy, asked by the REST door for permissions and by the MQTT door for topics.
+//!
+//! Deny by default; a deny rule wins over any allow rule. A [`Role`] is a set of [`Permission`]s and of topic
+//! rules with the variables `{tenant}` and `{device}`; [`Principal::topic_rules`] compiles them once a connection.
+
+use crate::id::{DeviceId, DeviceKey, TenantId, TenantKey, UserId};
+use crate::topic;
+
+/// What a caller may do on the REST API, as `noun:verb`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Permission {
+    /// `devices:read`
+    DevicesRead,
+    /// `devices:write`: enrol, change, delete
+    DevicesWrite,
+    /// `credentials:manage`: issue, rotate, revoke device credentials
+    CredentialsManage,
+    /// `telemetry:read`
+    TelemetryRead,
+    /// `dead-letters:read`
+    DeadLettersRead,
+}
+
+impl Permission {
+    /// Every permission there is.
+    pub const ALL: [Self; 5] =
+        [Self::DevicesRead, Self::DevicesWrite, Self::CredentialsManage, Self::TelemetryRead, Self::DeadLettersRead];
+
+    /// `noun:verb`, as roles and problems spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DevicesRead => "devices:read",
+            Self::DevicesWrite => "devices:write",
+            Self::CredentialsManage => "credentials:manage",
+            Self::TelemetryRead => "telemetry:read",
+            Self::DeadLettersRead => "dead-letters:read",
+        }
+    }
+}
+
+/// A built-in role.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Everything in the tenant.
+    Admin,
+    /// A device: its own topics and nothing else.
+    Device,
+}
+
+impl Role {
+    /// The role a user row names.
+    pub fn of_user(name: &str) -> Option<Self> {
+        (name == "admin").then_some(Self::Admin)
+    }
+
+    /// The role's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Admin => "admin",
+            Self::Device => "device",
+        }
+    }
+
+    fn holds(self, _permission: Permission) -> bool {
+        match self {
+            Self::Admin => true,
+            Self::Device => false,
+        }
+    }
+
+    /// `(effect, action, filter)` with variables.
+    fn topic_rules(self) -> &'static [(Effect, Action, &'static str)] {
+        match self {
+            Self::Admin => &[
+                (Effect::Allow, Action::All, "fleet/v1/{tenant}/#"),
+                (Effect::Allow, Action::All, "app/{tenant}/#"),
+                (Effect::Allow, Action::Subscribe, "$SYS/#"),
+            ],
+            Self::Device => &[(Effect::Allow, Action::All, "fleet/v1/{tenant}/{device}/#")],
+        }
+    }
+}
+
+/// Whoever stands at a door, proven by a credential.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Principal {
+    /// The row of the tenant.
+    pub tenant: TenantKey,
+    /// The tenant's name.
+    pub tenant_id: TenantId,
+    /// Device or user.
+    pub who: Who,
+}
+
+/// The kind of a principal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Who {
+    /// A device, by its credential.
+    Device {
+        /// Its row.
+        key: DeviceKey,
+        /// Its name.
+        id: DeviceId,
+    },
+    /// A user, by an access token.
+    User {
+        /// Its id.
+        id: UserId,
+        /// Its role; without one a user may log in and do nothing else.
+        role: Option<Role>,
+    },
+}
+
+impl Principal {
+    fn role(&self) -> Option<Role> {
+        match &self.who {
+            Who::Device { .. } => Some(Role::Device),
+            Who::User { role, .. } => *role,
+        }
+    }
+
+    /// Whether this principal may call what `permission` opens.
+    pub fn may(&self, permission: Permission) -> bool {
+        self.role().is_some_and(|role| role.holds(permission))
+    }
+
+    /// The topic rules of this principal, with the variables filled in.
+    pub fn topic_rules(&self) -> TopicRules {
+        let device = match &self.who {
+            Who::Device { id, .. } => id.as_str(),
+            Who::User { .. } => "",
+        };
+        let rules = self.role().map_or(&[][..], Role::topic_rules);
+        let rules = rules
+            .iter()
+            .map(|(effect, action, filter)| TopicRule {
+                effect: *effect,
+                action: *action,
+                filter: filter.replace("{tenant}", self.tenant_id.as_str()).replace("{device}", device),
+            })
+            .collect();
+        TopicRules { rules }
+    }
+}
+
+/// Whether a rule grants or refuses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// Grants.
+    Allow,
+    /// Refuses; wins over any grant.
+    Deny,
+}
+
+/// What a rule is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Sending to a topic.
+    Publish,
+    /// Receiving what matches a filter.
+    Subscribe,
+    /// Both.
+    All,
+}
+
+impl Action {
+    fn covers(self, asked: Self) -> bool {
+        self == Self::All || self == asked
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct TopicRule {
+    effect: Effect,
+    action: Action,
+    filter: String,
+}
+
+/// The compiled topic rules of one principal.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TopicRules {
+    rules: Vec<TopicRule>,
+}
+
+impl TopicRules {
+    /// Whether the principal may publish to the topic `name`.
+    pub fn may_publish(&self, name: &str) -> bool {
+        self.decide(Action::Publish, |rule| topic::matches(rule, name), |rule| topic::matches(rule, name))
+    }
+
+    /// Whether the principal may subscribe to `filter` (without `$share/{group}/`): some allow rule covers every topic
+    /// the filter can match, and no deny rule touches any of them.
+    pub fn may_subscribe(&self, filter: &str) -> bool {
+        self.decide(Action::Subscribe, |rule| topic::covers(rule, filter), |rule| topic::overlaps(rule, filter))
+    }
+
+    fn decide(&self, action: Action, allows: impl Fn(&str) -> bool, denies: impl Fn(&str) -> bool) -> bool {
+        let mut about = self.rules.iter().filter(|rule| rule.action.covers(action));
+        let mut allowed = false;
+        let denied = about.any(|rule| match rule.effect {
+            Effect::Allow => {
+                allowed |= allows(&rule.filter);
+                false
+            }
+            Effect::Deny => denies(&rule.filter),
+        });
+        allowed && !denied
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(id: &str) -> Principal {
+        Principal {
+            tenant: TenantKey(1),
+            tenant_id: "main".parse().unwrap(),
+            who: Who::Device { key: DeviceKey(7), id: id.parse().unwrap() },
+        }
+    }
+
+    #[test]
+    fn a_device_may_use_its_own_subtree_and_nothing_else() {
+        let rules = device("boiler-1").topic_rules();
+        for own in ["fleet/v1/main/boiler-1/telemetry", "fleet/v1/main/boiler-1/commands/7/response"] {
+            assert!(rules.may_publish(own), "{own}");
+            assert!(rules.may_subscribe(own), "{own}");
+        }
+        assert!(rules.may_subscribe("fleet/v1/main/boiler-1/#"));
+        assert!(rules.may_subscribe("fleet/v1/main/boiler-1/commands/+/request"));
+        for foreign in
+            ["fleet/v1/main/boiler-10/telemetry", "fleet/v1/other/boiler-1/telemetry", "app/main/x", "$SYS/x", "x"]
+        {
+            assert!(!rules.may_publish(foreign), "{foreign}");
+            assert!(!rules.may_subscribe(foreign), "{foreign}");
+        }
+        for wide in ["#", "+/#", "fleet/v1/main/+/telemetry", "fleet/#", "fleet/v1/main/#", "fleet/v1/+/boiler-1/#"] {
+            assert!(!rules.may_subscribe(wide), "{wide}");
+        }
+    }
+
+    #[test]
+    fn a_device_has_no_permission_and_a_user_without_a_role_has_none_either() {
+        let nobody = Principal { who: Who::User { id: UserId::new(), role: None }, ..device("d") };
+        for permission in Permission::ALL {
+            assert!(!device("d").may(permission));
+            assert!(!nobody.may(permission));
+        }
+        assert!(!nobody.topic_rules().may_subscribe("fleet/v1/main/x/telemetry"));
+    }
+
+    #[test]
+    fn an_admin_stays_in_the_tenant() {
+        let admin = Principal { who: Who::User { id: UserId::new(), role: Some(Role::Admin) }, ..device("d") };
+        let rules = admin.topic_rules();
+        assert!(rules.may_subscribe("fleet/v1/main/+/telemetry"));
+        assert!(rules.may_subscribe("$SYS/#"));
+        assert!(!rules.may_publish("$SYS/broker/x"));
+        assert!(!rules.may_subscribe("#"));
+        assert!(!rules.may_subscribe("fleet/v1/+/x/telemetry"));
+    }
+
+    #[test]
+    fn a_deny_rule_wins() {
+        let rule = |effect, filter: &str| TopicRule { effect, action: Action::All, filter: filter.into() };
+        let rules = TopicRules { rules: vec![rule(Effect::Allow, "#"), rule(Effect::Deny, "a/secret")] };
+        assert!(rules.may_publish("a/open"));
+        assert!(!rules.may_publish("a/secret"));
+        assert!(!rules.may_subscribe("a/+"), "the filter would receive what is denied");
+        assert!(rules.may_subscribe("b/+"));
+    }
+}

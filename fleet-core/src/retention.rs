@@ -1,0 +1,1 @@
+//! Partitions made ahead of time, old days dropped.

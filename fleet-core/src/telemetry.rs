@@ -1,0 +1,1 @@
+//! Telemetry: what devices say about themselves.

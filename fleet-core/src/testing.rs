@@ -1,0 +1,1 @@
+//! Databases for tests: one private PostgreSQL a run, a template database, a clone a test.

@@ -1,0 +1,1 @@
+//! Access tokens: signed here, verified at both doors.

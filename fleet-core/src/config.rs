@@ -180,6 +180,8 @@ pub struct Environment {
     pub admin_password: Option<Secret>,
     /// Where a user's own data belongs: `XDG_DATA_HOME`, else `HOME/.local/share`.
     pub user_data: Option<PathBuf>,
+    /// `MUSTER_TEST_DATABASE_URL`: the server on which tests make their databases; read by tests alone.
+    pub test_database_url: Option<Secret>,
 }
 
 impl Environment {
@@ -196,6 +198,7 @@ impl Environment {
             admin_email: var("MUSTER_ADMIN_EMAIL"),
             admin_password: var("MUSTER_ADMIN_PASSWORD").map(Secret::from),
             user_data,
+            test_database_url: var("MUSTER_TEST_DATABASE_URL").map(Secret::from),
         }
     }
 }

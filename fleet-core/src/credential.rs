@@ -1,1 +1,420 @@
-//! A device's tokens: issue, rotate with overlap, revoke, verify.
+//! Credentials: the secrets by which devices prove who they are.
+//!
+//! A secret enters the world by [`issue`] or [`rotate`], is asked about by [`verify`], and ends by [`revoke`], by its
+//! expiry or with its device. Holds: the secret itself is never stored, only its SHA-256 (256 random bits need no slow
+//! hash); at most [`MAX_VALID`] of a device are valid at once; whoever issues holds the device's row lock, so two
+//! callers cannot both be the second. Ignorant of: MQTT, HTTP.
+
+use aws_lc_rs::rand;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use chrono::{DateTime, TimeDelta, Utc};
+use sha2::{Digest, Sha256};
+use sqlx::PgConnection;
+use subtle::ConstantTimeEq;
+
+use crate::config::Secret;
+use crate::error::{Error, Result};
+use crate::id::{CredentialId, DeviceId, DeviceKey, TenantId, TenantKey};
+use crate::policy::{Principal, Who};
+
+/// Credentials of one device that may be valid at once: the one in use and the one that replaces it.
+pub const MAX_VALID: usize = 2;
+/// Ended credentials that are remembered for a device; the oldest are forgotten first.
+pub const MAX_ENDED: usize = 20;
+/// Longest overlap of a rotation: a year, in seconds.
+pub const MAX_OVERLAP_S: u64 = 366 * 86_400;
+
+const SECRET_BYTES: usize = 32;
+
+/// A credential without its secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Credential {
+    /// Names it.
+    pub id: CredentialId,
+    /// When it was issued.
+    pub created_at: DateTime<Utc>,
+    /// It is refused from then on.
+    pub expires_at: Option<DateTime<Utc>>,
+    /// When somebody ended it.
+    pub revoked_at: Option<DateTime<Utc>>,
+}
+
+impl Credential {
+    /// Whether it opens the door at `now`, provided that its device is not disabled.
+    pub fn is_valid(&self, now: DateTime<Utc>) -> bool {
+        self.revoked_at.is_none() && self.expires_at.is_none_or(|at| at > now)
+    }
+}
+
+/// A credential at the only moment its secret is known.
+#[derive(Debug, Clone)]
+pub struct Issued {
+    /// Names it.
+    pub id: CredentialId,
+    /// `{tenant}/{device}`
+    pub username: String,
+    /// 32 random bytes in base64url without padding.
+    pub password: Secret,
+    /// When it was issued.
+    pub created_at: DateTime<Utc>,
+    /// It is refused from then on.
+    pub expires_at: Option<DateTime<Utc>>,
+}
+
+/// Who stands behind `{tenant}/{device}` and this secret: the device, when the secret is one of its valid ones at `now`
+/// and the device is not disabled. Everything else, a malformed name included, is `None`.
+pub async fn verify(
+    db: &mut PgConnection,
+    username: &str,
+    secret: &[u8],
+    now: DateTime<Utc>,
+) -> Result<Option<Principal>> {
+    let Some((tenant, device)) = parse_username(username) else { return Ok(None) };
+    let offered = Sha256::digest(secret);
+    let stored = sqlx::query!(
+        r#"
+        select t.key as "tenant: TenantKey", d.key as "device: DeviceKey", c.secret_hash
+          from tenant t
+          join device d on d.tenant_key = t.key and d.id = $2 and not d.disabled
+          join credential c on c.device_key = d.key and c.revoked_at is null
+           and (c.expires_at is null or c.expires_at > $3)
+         where t.id = $1
+        "#,
+        tenant.as_str(),
+        device.as_str(),
+        now
+    )
+    .fetch_all(db)
+    .await?;
+    // All are compared, so that the time taken does not tell which of them matched.
+    let mut keys = None;
+    for row in stored {
+        if bool::from(row.secret_hash.ct_eq(offered.as_slice())) {
+            keys = Some((row.tenant, row.device));
+        }
+    }
+    Ok(keys.map(|(key, device_key)| Principal {
+        tenant: key,
+        tenant_id: tenant,
+        who: Who::Device { key: device_key, id: device },
+    }))
+}
+
+/// Splits `{tenant}/{device}`.
+fn parse_username(username: &str) -> Option<(TenantId, DeviceId)> {
+    let (tenant, device) = username.split_once('/')?;
+    Some((tenant.parse().ok()?, device.parse().ok()?))
+}
+
+/// Gives a device a further credential that does not expire. To be called in a transaction: the device's row stays locked
+/// until its end. Refused with [`Error::TooManyCredentials`] while [`MAX_VALID`] are valid.
+pub async fn issue(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId, now: DateTime<Utc>) -> Result<Issued> {
+    let device = lock(db, tenant, id).await?;
+    if valid(db, device.key, now).await?.len() >= MAX_VALID {
+        return Err(Error::TooManyCredentials(id.clone()));
+    }
+    insert(db, &device, id, now).await
+}
+
+/// Gives a device a new credential and ends the others: the newest of them at `now + overlap_s`, any older one at once, so
+/// that never more than [`MAX_VALID`] are valid. An overlap of 0 ends all of them at once. To be called in a transaction.
+pub async fn rotate(
+    db: &mut PgConnection,
+    tenant: TenantKey,
+    id: &DeviceId,
+    overlap_s: u64,
+    now: DateTime<Utc>,
+) -> Result<Issued> {
+    if overlap_s > MAX_OVERLAP_S {
+        return Err(Error::Invalid(format!("overlap_s is {overlap_s}: expected 0 to {MAX_OVERLAP_S}")));
+    }
+    let device = lock(db, tenant, id).await?;
+    let mut older = valid(db, device.key, now).await?;
+    if overlap_s > 0
+        && let Some(newest) = older.pop()
+    {
+        let until = now + TimeDelta::seconds(i64::try_from(overlap_s).expect("bounded above"));
+        let newest = newest.uuid();
+        // An earlier end that was fixed before stays.
+        sqlx::query!("update credential set expires_at = least(expires_at, $2) where id = $1", newest, until)
+            .execute(&mut *db)
+            .await?;
+    }
+    let older = older.into_iter().map(CredentialId::uuid).collect::<Vec<_>>();
+    sqlx::query!("update credential set revoked_at = $2 where id = any($1)", &older, now).execute(&mut *db).await?;
+    insert(db, &device, id, now).await
+}
+
+/// Ends a credential at once; ending it again changes nothing.
+pub async fn revoke(
+    db: &mut PgConnection,
+    tenant: TenantKey,
+    id: &DeviceId,
+    credential: CredentialId,
+    now: DateTime<Utc>,
+) -> Result<()> {
+    let device = lock(db, tenant, id).await?;
+    let ended = sqlx::query!(
+        "update credential set revoked_at = coalesce(revoked_at, $3) where id = $1 and device_key = $2",
+        credential.uuid(),
+        device.key.0,
+        now
+    )
+    .execute(db)
+    .await?;
+    if ended.rows_affected() == 0 { Err(Error::NoSuchCredential(credential)) } else { Ok(()) }
+}
+
+/// The credentials of a device, newest first: the valid ones and at most [`MAX_ENDED`] ended ones.
+pub async fn list(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Result<Vec<Credential>> {
+    let key = sqlx::query_scalar!(
+        r#"select key as "key: DeviceKey" from device where tenant_key = $1 and id = $2"#,
+        tenant.0,
+        id.as_str()
+    )
+    .fetch_optional(&mut *db)
+    .await?
+    .ok_or_else(|| Error::NoSuchDevice(id.clone()))?;
+    let credentials = sqlx::query_as!(
+        Credential,
+        r#"
+        select id as "id: CredentialId", created_at, expires_at, revoked_at
+          from credential
+         where device_key = $1
+         order by created_at desc, id desc
+        "#,
+        key.0
+    )
+    .fetch_all(db)
+    .await?;
+    Ok(credentials)
+}
+
+/// A device whose row is locked, so that its credentials stand still.
+struct Locked {
+    key: DeviceKey,
+    tenant: String,
+}
+
+async fn lock(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Result<Locked> {
+    // `no key`: what refers to the device (its status, its readings) need not wait.
+    sqlx::query_as!(
+        Locked,
+        r#"
+        select d.key as "key: DeviceKey", t.id as tenant
+          from device d
+          join tenant t on t.key = d.tenant_key
+         where d.tenant_key = $1 and d.id = $2
+           for no key update of d
+        "#,
+        tenant.0,
+        id.as_str()
+    )
+    .fetch_optional(db)
+    .await?
+    .ok_or_else(|| Error::NoSuchDevice(id.clone()))
+}
+
+/// The valid ones, oldest first.
+async fn valid(db: &mut PgConnection, device: DeviceKey, now: DateTime<Utc>) -> Result<Vec<CredentialId>> {
+    let ids = sqlx::query_scalar!(
+        r#"
+        select id as "id: CredentialId"
+          from credential
+         where device_key = $1 and revoked_at is null and (expires_at is null or expires_at > $2)
+         order by created_at, id
+        "#,
+        device.0,
+        now
+    )
+    .fetch_all(db)
+    .await?;
+    Ok(ids)
+}
+
+async fn insert(db: &mut PgConnection, device: &Locked, id: &DeviceId, now: DateTime<Utc>) -> Result<Issued> {
+    forget(db, device.key, now).await?;
+    let credential = CredentialId::new();
+    let password = random_secret()?;
+    let hash = Sha256::digest(password.expose().as_bytes());
+    sqlx::query!(
+        "insert into credential (id, device_key, secret_hash, created_at) values ($1, $2, $3, $4)",
+        credential.uuid(),
+        device.key.0,
+        hash.as_slice(),
+        now
+    )
+    .execute(db)
+    .await?;
+    let username = format!("{}/{id}", device.tenant);
+    Ok(Issued { id: credential, username, password, created_at: now, expires_at: None })
+}
+
+/// Forgets ended credentials beyond [`MAX_ENDED`], so that a device that rotates for years stays small.
+async fn forget(db: &mut PgConnection, device: DeviceKey, now: DateTime<Utc>) -> Result<()> {
+    sqlx::query!(
+        "
+        delete from credential
+         where id in (select id
+                        from credential
+                       where device_key = $1 and (revoked_at is not null or expires_at <= $2)
+                       order by created_at desc, id desc
+                      offset $3)
+        ",
+        device.0,
+        now,
+        i64::try_from(MAX_ENDED).expect("a small constant")
+    )
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// 256 random bits as text that needs no quoting anywhere.
+pub(crate) fn random_secret() -> Result<Secret> {
+    let mut bytes = [0; SECRET_BYTES];
+    rand::fill(&mut bytes).map_err(|_| Error::Internal("no random numbers".into()))?;
+    Ok(Secret::from(URL_SAFE_NO_PAD.encode(bytes)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::from_ms;
+    use crate::device::{self, NewDevice, Patch};
+    use crate::testing::TestDb;
+
+    const NOON: i64 = 1_763_722_800_000;
+
+    fn boiler() -> DeviceId {
+        "boiler-1".parse().unwrap()
+    }
+
+    async fn enrolled(db: &TestDb) -> Issued {
+        let mut tx = db.pool().begin().await.unwrap();
+        let (_, issued) =
+            device::enrol(&mut tx, db.tenant(), &NewDevice::named(boiler()), from_ms(NOON)).await.unwrap();
+        tx.commit().await.unwrap();
+        issued
+    }
+
+    async fn opens(db: &TestDb, issued: &Issued, at_ms: i64) -> bool {
+        let mut conn = db.pool().acquire().await.unwrap();
+        let secret = issued.password.expose().as_bytes();
+        verify(&mut conn, &issued.username, secret, from_ms(at_ms)).await.unwrap().is_some()
+    }
+
+    async fn rotated(db: &TestDb, overlap_s: u64, at_ms: i64) -> Issued {
+        let mut tx = db.pool().begin().await.unwrap();
+        let issued = rotate(&mut tx, db.tenant(), &boiler(), overlap_s, from_ms(at_ms)).await.unwrap();
+        tx.commit().await.unwrap();
+        issued
+    }
+
+    #[tokio::test]
+    async fn a_secret_opens_the_door_for_its_device_alone() {
+        let db = TestDb::new().await;
+        let issued = enrolled(&db).await;
+        assert_eq!(issued.username, "main/boiler-1");
+        assert_eq!(URL_SAFE_NO_PAD.decode(issued.password.expose()).unwrap().len(), 32);
+        let mut conn = db.pool().acquire().await.unwrap();
+        let secret = issued.password.expose().as_bytes().to_vec();
+        let now = from_ms(NOON);
+        let found = verify(&mut conn, "main/boiler-1", &secret, now).await.unwrap().expect("the right secret");
+        assert!(matches!(found.who, Who::Device { id, .. } if id == boiler()));
+        for username in ["main/boiler-2", "other/boiler-1", "boiler-1", "main/", "/", "", "main/a/b", "main/\0"] {
+            assert_eq!(verify(&mut conn, username, &secret, now).await.unwrap(), None, "{username:?}");
+        }
+        for wrong in [&b""[..], b"x", &secret[1..], &[secret.as_slice(), b"x"].concat(), b"\0"] {
+            assert_eq!(verify(&mut conn, "main/boiler-1", wrong, now).await.unwrap(), None);
+        }
+        assert!(!format!("{issued:?}").contains(issued.password.expose()));
+    }
+
+    #[tokio::test]
+    async fn a_disabled_device_stays_outside() {
+        let db = TestDb::new().await;
+        let issued = enrolled(&db).await;
+        for disabled in [true, false] {
+            let patch = Patch { disabled: Some(disabled), ..Patch::default() };
+            let mut tx = db.pool().begin().await.unwrap();
+            device::update(&mut tx, db.tenant(), &boiler(), &patch, &[], from_ms(NOON)).await.unwrap();
+            tx.commit().await.unwrap();
+            assert_eq!(opens(&db, &issued, NOON).await, !disabled);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_rotation_overlaps_as_long_as_asked() {
+        let db = TestDb::new().await;
+        let first = enrolled(&db).await;
+        let second = rotated(&db, 60, NOON).await;
+        assert!(opens(&db, &first, NOON + 59_999).await);
+        assert!(!opens(&db, &first, NOON + 60_000).await);
+        assert!(opens(&db, &second, NOON + 60_000).await);
+        // Two are valid: the older one goes at once, the newer one overlaps.
+        let third = rotated(&db, 60, NOON + 1000).await;
+        assert!(!opens(&db, &first, NOON + 1000).await);
+        assert!(opens(&db, &second, NOON + 1000).await);
+        assert!(opens(&db, &third, NOON + 1000).await);
+        // Without an overlap, only the new one is left.
+        let fourth = rotated(&db, 0, NOON + 2000).await;
+        assert!(!opens(&db, &second, NOON + 2000).await);
+        assert!(!opens(&db, &third, NOON + 2000).await);
+        assert!(opens(&db, &fourth, NOON + 2000).await);
+        let mut conn = db.pool().acquire().await.unwrap();
+        let endless = rotate(&mut conn, db.tenant(), &boiler(), MAX_OVERLAP_S + 1, from_ms(NOON)).await;
+        assert!(matches!(endless, Err(Error::Invalid(_))), "{endless:?}");
+    }
+
+    #[tokio::test]
+    async fn of_many_who_ask_for_the_second_one_gets_it() {
+        let db = TestDb::new().await;
+        enrolled(&db).await;
+        let ask = || async {
+            let mut tx = db.pool().begin().await.unwrap();
+            let issued = issue(&mut tx, db.tenant(), &boiler(), from_ms(NOON)).await;
+            tx.commit().await.unwrap();
+            issued
+        };
+        let (a, b, c, d) = tokio::join!(ask(), ask(), ask(), ask());
+        let issued = [a, b, c, d];
+        assert_eq!(issued.iter().filter(|one| one.is_ok()).count(), 1, "{issued:?}");
+        assert!(issued.iter().filter_map(|one| one.as_ref().err()).all(|e| matches!(e, Error::TooManyCredentials(_))));
+    }
+
+    #[tokio::test]
+    async fn a_revoked_credential_is_dead_at_once_and_makes_room() {
+        let db = TestDb::new().await;
+        let issued = enrolled(&db).await;
+        let mut conn = db.pool().acquire().await.unwrap();
+        issue(&mut conn, db.tenant(), &boiler(), from_ms(NOON)).await.unwrap();
+        revoke(&mut conn, db.tenant(), &boiler(), issued.id, from_ms(NOON + 1)).await.unwrap();
+        assert!(!opens(&db, &issued, NOON).await);
+        revoke(&mut conn, db.tenant(), &boiler(), issued.id, from_ms(NOON + 9)).await.unwrap();
+        let listed = list(&mut conn, db.tenant(), &boiler()).await.unwrap();
+        let revoked = listed.iter().find(|one| one.id == issued.id).unwrap();
+        assert_eq!(revoked.revoked_at, Some(from_ms(NOON + 1)), "the first time counts");
+        issue(&mut conn, db.tenant(), &boiler(), from_ms(NOON + 2)).await.unwrap();
+        let unknown = revoke(&mut conn, db.tenant(), &boiler(), CredentialId::new(), from_ms(NOON)).await;
+        assert!(matches!(unknown, Err(Error::NoSuchCredential(_))));
+        let other = list(&mut conn, db.tenant(), &"other".parse().unwrap()).await;
+        assert!(matches!(other, Err(Error::NoSuchDevice(_))));
+    }
+
+    #[tokio::test]
+    async fn a_device_that_rotates_for_years_stays_small() {
+        let db = TestDb::new().await;
+        enrolled(&db).await;
+        for n in 0..MAX_ENDED + 5 {
+            rotated(&db, 0, NOON + i64::try_from(n).unwrap()).await;
+        }
+        let mut conn = db.pool().acquire().await.unwrap();
+        let listed = list(&mut conn, db.tenant(), &boiler()).await.unwrap();
+        // The one that ended last was still valid when the old ones were forgotten.
+        assert!(listed.len() <= MAX_ENDED + MAX_VALID, "{}", listed.len());
+        assert!(listed.is_sorted_by_key(|one| std::cmp::Reverse(one.created_at)));
+        assert!(listed[0].is_valid(from_ms(NOON + 1000)));
+    }
+}

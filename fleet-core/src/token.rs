@@ -1,1 +1,346 @@
-//! Access tokens: signed here, verified at both doors.
+//! Access tokens: what a user shows after the login, a JWT (RFC 7519) signed with Ed25519 (RFC 8037).
+//!
+//! [`Keys`] sign and verify; [`principal`] says who stands behind a token. Holds: a token proves an identity and nothing
+//! else: what its user may do is read from the database each time, so who is disabled or loses a role is out at once.
+//! The keys live in the database, because several processes accept each other's tokens. Ignorant of: HTTP.
+
+use std::collections::HashMap;
+
+use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
+use chrono::{DateTime, TimeDelta, Utc};
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use parking_lot::RwLock;
+use serde::{Deserialize, Serialize};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::clock::Clock;
+use crate::config::Secret;
+use crate::error::{Error, Result};
+use crate::id::{TenantId, TenantKey, UserId};
+use crate::policy::{Principal, Role, Who};
+
+/// Longest token that is looked at, in bytes.
+pub const MAX_TOKEN_BYTES: usize = 4096;
+/// A token that names an unknown key makes the keys be read again at most so often: another process may have made one.
+const RELOAD_EVERY: TimeDelta = TimeDelta::seconds(1);
+
+const ISSUER: &str = "muster";
+const AUDIENCE: &str = "muster";
+
+/// The keys that sign access tokens, as the database holds them.
+pub struct Keys {
+    clock: Clock,
+    lifetime: TimeDelta,
+    ring: RwLock<Ring>,
+}
+
+struct Ring {
+    kid: String,
+    signing: EncodingKey,
+    verifying: HashMap<String, DecodingKey>,
+    read_at: DateTime<Utc>,
+}
+
+/// An access token.
+#[derive(Debug, Clone)]
+pub struct AccessToken {
+    /// The token itself.
+    pub token: Secret,
+    /// How long it is accepted, in seconds.
+    pub expires_in_s: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Claims {
+    iss: String,
+    aud: String,
+    sub: UserId,
+    iat: i64,
+    exp: i64,
+}
+
+impl Keys {
+    /// Reads the keys; makes the first when there is none. `lifetime_s` is how long a token is accepted, in seconds.
+    pub async fn load(db: &mut PgConnection, clock: Clock, lifetime_s: u64) -> Result<Self> {
+        let lifetime = i64::try_from(lifetime_s).ok().and_then(TimeDelta::try_seconds);
+        let lifetime = lifetime.ok_or_else(|| Error::Invalid("auth.access_token_s is too large".into()))?;
+        let now = clock.now();
+        make_first(db, now).await?;
+        let ring = RwLock::new(read(db, lifetime, now).await?);
+        Ok(Self { clock, lifetime, ring })
+    }
+
+    /// A token for a user, valid from now on.
+    pub fn sign(&self, user: UserId) -> Result<AccessToken> {
+        let now = self.clock.now();
+        let claims = Claims {
+            iss: ISSUER.into(),
+            aud: AUDIENCE.into(),
+            sub: user,
+            iat: now.timestamp(),
+            exp: (now + self.lifetime).timestamp(),
+        };
+        let ring = self.ring.read();
+        let header = Header { kid: Some(ring.kid.clone()), ..Header::new(Algorithm::EdDSA) };
+        let token = jsonwebtoken::encode(&header, &claims, &ring.signing)
+            .map_err(|e| Error::Internal(format!("signing a token: {e}")))?;
+        Ok(AccessToken { token: token.into(), expires_in_s: self.lifetime.num_seconds().unsigned_abs() })
+    }
+
+    /// The user a token names, when it is one of ours and has not expired.
+    async fn user(&self, db: &mut PgConnection, token: &str, now: DateTime<Utc>) -> Result<UserId> {
+        if token.len() > MAX_TOKEN_BYTES {
+            return Err(Error::BadToken("too long"));
+        }
+        let header = jsonwebtoken::decode_header(token).map_err(|_| Error::BadToken("not a token of this server"))?;
+        let kid = header.kid.ok_or(Error::BadToken("not a token of this server"))?;
+        let key = self.key(db, &kid, now).await?.ok_or(Error::BadToken("signed with an unknown key"))?;
+        let claims = jsonwebtoken::decode::<Claims>(token, &key, &validation())
+            .map_err(|_| Error::BadToken("not a token of this server"))?
+            .claims;
+        if now.timestamp() >= claims.exp { Err(Error::BadToken("expired")) } else { Ok(claims.sub) }
+    }
+
+    async fn key(&self, db: &mut PgConnection, kid: &str, now: DateTime<Utc>) -> Result<Option<DecodingKey>> {
+        let read_at = {
+            let ring = self.ring.read();
+            if let Some(key) = ring.verifying.get(kid) {
+                return Ok(Some(key.clone()));
+            }
+            ring.read_at
+        };
+        if now - read_at < RELOAD_EVERY {
+            return Ok(None);
+        }
+        let ring = read(db, self.lifetime, now).await?;
+        let key = ring.verifying.get(kid).cloned();
+        *self.ring.write() = ring;
+        Ok(key)
+    }
+}
+
+/// Signature, issuer and audience; the time is ours to check, by our own clock.
+fn validation() -> Validation {
+    let mut validation = Validation::new(Algorithm::EdDSA);
+    validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
+    validation.set_issuer(&[ISSUER]);
+    validation.set_audience(&[AUDIENCE]);
+    validation.validate_exp = false;
+    validation
+}
+
+/// Who stands behind a token: a user that still exists and is not disabled, with the role it has now.
+pub async fn principal(db: &mut PgConnection, keys: &Keys, token: &str, now: DateTime<Utc>) -> Result<Principal> {
+    let user = keys.user(db, token, now).await?;
+    let row = sqlx::query!(
+        r#"
+        select t.key as "tenant: TenantKey", t.id as "tenant_id: TenantId", u.role
+          from app_user u
+          join tenant t on t.key = u.tenant_key
+         where u.id = $1 and not u.disabled
+        "#,
+        user.uuid()
+    )
+    .fetch_optional(db)
+    .await?
+    .ok_or(Error::BadToken("its user is gone or disabled"))?;
+    let role = row.role.as_deref().and_then(Role::of_user);
+    Ok(Principal { tenant: row.tenant, tenant_id: row.tenant_id, who: Who::User { id: user, role } })
+}
+
+/// Makes a key unless there is one. Two processes may both make theirs; both keys are then accepted everywhere.
+async fn make_first(db: &mut PgConnection, now: DateTime<Utc>) -> Result<()> {
+    let pair = Ed25519KeyPair::generate().map_err(|_| Error::Internal("no random numbers".into()))?;
+    let pkcs8 = pair.to_pkcs8().map_err(|_| Error::Internal("an Ed25519 key cannot be written".into()))?;
+    sqlx::query!(
+        "
+        insert into signing_key (kid, pkcs8, created_at)
+        select $1, $2, $3
+         where not exists (select from signing_key where retired_at is null)
+        ",
+        Uuid::new_v4().simple().to_string(),
+        pkcs8.as_ref(),
+        now
+    )
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// The newest key signs; a retired one verifies for as long as a token it signed may live.
+async fn read(db: &mut PgConnection, lifetime: TimeDelta, now: DateTime<Utc>) -> Result<Ring> {
+    let rows = sqlx::query!(
+        "
+        select kid, pkcs8, retired_at
+          from signing_key
+         where retired_at is null or retired_at > $1
+         order by created_at, kid
+        ",
+        now - lifetime
+    )
+    .fetch_all(db)
+    .await?;
+    let mut signing = None;
+    let mut verifying = HashMap::new();
+    for row in rows {
+        let pair = Ed25519KeyPair::from_pkcs8(&row.pkcs8)
+            .map_err(|_| Error::Internal(format!("signing key {} cannot be read", row.kid)))?;
+        verifying.insert(row.kid.clone(), DecodingKey::from_ed_der(pair.public_key().as_ref()));
+        if row.retired_at.is_none() {
+            signing = Some((row.kid, EncodingKey::from_ed_der(&row.pkcs8)));
+        }
+    }
+    let (kid, signing) = signing.ok_or_else(|| Error::Internal("no signing key".into()))?;
+    Ok(Ring { kid, signing, verifying, read_at: now })
+}
+
+#[cfg(test)]
+mod tests {
+    use base64::Engine as _;
+    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+    use sqlx::pool::PoolConnection;
+    use sqlx::{PgPool, Postgres};
+
+    use super::*;
+    use crate::clock::from_ms;
+    use crate::testing::TestDb;
+    use crate::user;
+
+    const NOON: i64 = 1_763_722_800_000;
+
+    async fn conn(db: &TestDb) -> PoolConnection<Postgres> {
+        db.pool().acquire().await.unwrap()
+    }
+
+    async fn admin(pool: &PgPool, clock: &Clock) -> UserId {
+        user::ensure_admin(&mut pool.acquire().await.unwrap(), None, None, clock).await.unwrap();
+        sqlx::query_scalar!(r#"select id as "id: UserId" from app_user"#).fetch_one(pool).await.unwrap()
+    }
+
+    async fn refusal(db: &TestDb, keys: &Keys, token: &str, now: DateTime<Utc>) -> &'static str {
+        match principal(&mut *conn(db).await, keys, token, now).await {
+            Err(Error::BadToken(why)) => why,
+            other => panic!("expected a refusal of {token}, found {other:?}"),
+        }
+    }
+
+    fn forged(header: &str, claims: &Claims, signature: &[u8]) -> String {
+        let claims = serde_json::to_vec(claims).unwrap();
+        let [header, claims, signature] = [header.as_bytes(), &claims, signature].map(|p| URL_SAFE_NO_PAD.encode(p));
+        format!("{header}.{claims}.{signature}")
+    }
+
+    #[tokio::test]
+    async fn a_token_proves_its_user_until_it_expires() {
+        let db = TestDb::new().await;
+        let clock = Clock::fixed(from_ms(NOON));
+        let user = admin(db.pool(), &clock).await;
+        let keys = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
+        let issued = keys.sign(user).unwrap();
+        assert_eq!(issued.expires_in_s, 900);
+        let token = issued.token.expose();
+        let found = principal(&mut *conn(&db).await, &keys, token, from_ms(NOON + 899_000)).await.unwrap();
+        assert_eq!(found.who, Who::User { id: user, role: Some(Role::Admin) });
+        assert_eq!(found.tenant, db.tenant());
+        assert_eq!(refusal(&db, &keys, token, from_ms(NOON + 900_000)).await, "expired");
+    }
+
+    #[tokio::test]
+    async fn what_we_did_not_sign_is_refused() {
+        let db = TestDb::new().await;
+        let clock = Clock::fixed(from_ms(NOON));
+        let user = admin(db.pool(), &clock).await;
+        let keys = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
+        let token = keys.sign(user).unwrap().token.expose().to_owned();
+        let kid = keys.ring.read().kid.clone();
+        let claims = |aud: &str| Claims {
+            iss: ISSUER.into(),
+            aud: aud.into(),
+            sub: user,
+            iat: NOON / 1000,
+            exp: NOON / 1000 + 900,
+        };
+        let other = Ed25519KeyPair::generate().unwrap();
+        let other = EncodingKey::from_ed_der(other.to_pkcs8().unwrap().as_ref());
+        let header = |alg| Header { kid: Some(kid.clone()), ..Header::new(alg) };
+        let signed =
+            |header: &Header, claims: &Claims, key: &EncodingKey| jsonwebtoken::encode(header, claims, key).unwrap();
+        let mut flipped = token.clone();
+        let last_of_claims = flipped.rfind('.').unwrap() - 1;
+        let letter = if flipped.as_bytes()[last_of_claims] == b'A' { "B" } else { "A" };
+        flipped.replace_range(last_of_claims..=last_of_claims, letter);
+        let no_signature = token.rsplit_once('.').unwrap().0.to_owned() + ".";
+        let symmetric = EncodingKey::from_secret(kid.as_bytes());
+        let foreign_audience = signed(&header(Algorithm::EdDSA), &claims("somebody else"), &keys.ring.read().signing);
+        for bad in [
+            String::new(),
+            "x".into(),
+            "a.b.c".into(),
+            "\0".into(),
+            token.clone() + "x",
+            flipped,
+            no_signature,
+            forged(&format!(r#"{{"alg":"none","kid":"{kid}"}}"#), &claims(AUDIENCE), b""),
+            forged(&format!(r#"{{"alg":"EdDSA","kid":"{kid}"}}"#), &claims(AUDIENCE), &[0; 64]),
+            signed(&header(Algorithm::HS256), &claims(AUDIENCE), &symmetric),
+            signed(&header(Algorithm::EdDSA), &claims(AUDIENCE), &other),
+            foreign_audience,
+        ] {
+            assert_eq!(refusal(&db, &keys, &bad, clock.now()).await, "not a token of this server", "{bad}");
+        }
+        let unknown = Header { kid: Some("unknown".into()), ..Header::new(Algorithm::EdDSA) };
+        let unknown = signed(&unknown, &claims(AUDIENCE), &other);
+        assert_eq!(refusal(&db, &keys, &unknown, clock.now()).await, "signed with an unknown key");
+        let long = "x".repeat(MAX_TOKEN_BYTES + 1);
+        assert_eq!(refusal(&db, &keys, &long, clock.now()).await, "too long");
+        assert!(principal(&mut *conn(&db).await, &keys, &token, clock.now()).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_disabled_or_deleted_user_is_out_at_once() {
+        let db = TestDb::new().await;
+        let clock = Clock::fixed(from_ms(NOON));
+        let user = admin(db.pool(), &clock).await;
+        let keys = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
+        let token = keys.sign(user).unwrap().token;
+        sqlx::query!("update app_user set role = null").execute(db.pool()).await.unwrap();
+        let found = principal(&mut *conn(&db).await, &keys, token.expose(), clock.now()).await.unwrap();
+        assert_eq!(found.who, Who::User { id: user, role: None });
+        sqlx::query!("update app_user set disabled = true").execute(db.pool()).await.unwrap();
+        assert_eq!(refusal(&db, &keys, token.expose(), clock.now()).await, "its user is gone or disabled");
+        sqlx::query!("delete from app_user").execute(db.pool()).await.unwrap();
+        assert_eq!(refusal(&db, &keys, token.expose(), clock.now()).await, "its user is gone or disabled");
+    }
+
+    #[tokio::test]
+    async fn processes_that_start_together_accept_each_others_tokens() {
+        let db = TestDb::new().await;
+        let clock = Clock::fixed(from_ms(NOON));
+        let user = admin(db.pool(), &clock).await;
+        let start = || async { Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap() };
+        let (one, two) = tokio::join!(start(), start());
+        // A process that does not know the other's key yet reads the keys again, at most once a second.
+        let later = from_ms(NOON + 1000);
+        for (signer, verifier) in [(&one, &two), (&two, &one)] {
+            let token = signer.sign(user).unwrap().token;
+            principal(&mut *conn(&db).await, verifier, token.expose(), later).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_retired_key_verifies_what_it_signed_and_signs_no_more() {
+        let db = TestDb::new().await;
+        let clock = Clock::fixed(from_ms(NOON));
+        let user = admin(db.pool(), &clock).await;
+        let old = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
+        let token = old.sign(user).unwrap().token;
+        sqlx::query!("update signing_key set retired_at = $1", clock.now()).execute(db.pool()).await.unwrap();
+        let new = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
+        assert_ne!(old.ring.read().kid, new.ring.read().kid);
+        principal(&mut *conn(&db).await, &new, token.expose(), from_ms(NOON + 1000)).await.unwrap();
+        clock.set(from_ms(NOON + 901_000));
+        let newest = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
+        assert!(!newest.ring.read().verifying.contains_key(&old.ring.read().kid));
+    }
+}

@@ -62,7 +62,7 @@ pub enum Error {
         /// Newest version this binary knows.
         known: i64,
     },
-    /// The embedded PostgreSQL cannot run; the text says what to do.
+    /// PostgreSQL cannot be used; the text says what was expected or what to do.
     #[error("{0}")]
     Postgres(String),
     /// A migration failed.

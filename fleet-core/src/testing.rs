@@ -1,9 +1,13 @@
 //! Databases for tests: one private PostgreSQL a run, a template database, a clone a test.
 //!
-//! `MUSTER_TEST_DATABASE_URL` names the server (`with-postgres` starts one and sets it). The template is named by the
-//! hash of the migrations and made once; each [`TestDb`] is a clone of it and is dropped with the value.
+//! `MUSTER_TEST_DATABASE_URL` names the server (`with-postgres` starts one and sets it); without it, each process of
+//! tests starts one of its own, which is slower. The template is named by the hash of the migrations and made once; each
+//! [`TestDb`] is a clone of it and is dropped with the value.
 
-use std::path::Path;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::process;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -19,9 +23,16 @@ use crate::clock::Clock;
 use crate::config::Environment;
 use crate::database;
 use crate::id::TenantKey;
+use crate::postgres::{Cluster, Tuning};
 
 /// What the databases of tests are called: this, the process id, a number.
 const PREFIX: &str = "muster_test_";
+
+/// What their temporary directories are called: this and the process id.
+const DIR_PREFIX: &str = "muster-test-";
+
+/// Connections of a cluster for tests: enough for every test of a run, each with its pool.
+pub const MAX_CONNECTIONS: u32 = 300;
 
 /// Key of the advisory lock under which the template is made; any number will do.
 const TEMPLATE_LOCK: i64 = 0x6d75_7374_6572;
@@ -45,7 +56,7 @@ impl TestDb {
     /// When there is no PostgreSQL to make it on; the text says why.
     pub async fn new() -> Self {
         static MADE: AtomicU32 = AtomicU32::new(0);
-        let server = server();
+        let server = server().await;
         let template = template(&server).await;
         let name = format!("{PREFIX}{}_{}", process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         let mut admin = connect(&server).await;
@@ -96,13 +107,41 @@ impl Drop for TestDb {
     }
 }
 
-fn server() -> PgConnectOptions {
-    let url = Environment::of_process().test_database_url.expect(
-        "tests with a database need MUSTER_TEST_DATABASE_URL: run them by `make test` or below `with-postgres --`",
-    );
+async fn server() -> PgConnectOptions {
+    let Some(url) = Environment::of_process().test_database_url else {
+        return own_cluster().await.options().disable_statement_logging();
+    };
     PgConnectOptions::from_str(url.expose())
         .expect("MUSTER_TEST_DATABASE_URL: expected postgres://user@host:port/postgres")
         .disable_statement_logging()
+}
+
+/// A cluster of this process, which ends with it; its directory goes when the next process makes one.
+async fn own_cluster() -> &'static Cluster {
+    static CLUSTER: OnceCell<Cluster> = OnceCell::const_new();
+    CLUSTER
+        .get_or_init(|| async {
+            let dir = private_dir().expect("the directory for temporary files is writable");
+            let tuning = Tuning { max_connections: MAX_CONNECTIONS, durable: false };
+            Cluster::start(&dir, "auto", tuning).await.unwrap_or_else(|e| panic!("{e}"))
+        })
+        .await
+}
+
+/// A new temporary directory named after this process; those of processes that are gone are removed.
+///
+/// # Errors
+/// When it cannot be made, or this process has made one already.
+pub fn private_dir() -> io::Result<PathBuf> {
+    let place = std::env::temp_dir();
+    for entry in fs::read_dir(&place)?.flatten() {
+        if entry.file_name().to_str().is_some_and(|name| is_leftover(name, DIR_PREFIX)) {
+            let _somebody_elses = fs::remove_dir_all(entry.path());
+        }
+    }
+    let dir = place.join(format!("{DIR_PREFIX}{}", process::id()));
+    DirBuilder::new().mode(0o700).create(&dir)?;
+    Ok(dir)
 }
 
 async fn connect(options: &PgConnectOptions) -> PgConnection {
@@ -170,14 +209,15 @@ async fn drop_leftovers(admin: &mut PgConnection) {
     .fetch_all(&mut *admin)
     .await
     .expect("reading the catalogue");
-    for name in unused.iter().filter(|name| is_leftover(name)) {
+    for name in unused.iter().filter(|name| is_leftover(name, PREFIX)) {
         run(admin, format!("drop database if exists {name}")).await;
     }
 }
 
-fn is_leftover(name: &str) -> bool {
-    let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.split('_').next());
-    pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists())
+/// Whether `name` is `prefix`, the id of a process that is gone, and perhaps more after a `_`.
+fn is_leftover(name: &str, prefix: &str) -> bool {
+    let pid = name.strip_prefix(prefix).and_then(|rest| rest.split('_').next()?.parse::<u32>().ok());
+    pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
 }
 
 fn migrations_hash() -> String {
@@ -213,6 +253,15 @@ mod tests {
         drop(db);
         assert!(!exists(&mut connect(&server).await, &name).await);
         drop(held);
+    }
+
+    #[test]
+    fn only_what_a_process_that_is_gone_has_left_is_a_leftover() {
+        let gone = 1_u32 << 23;
+        assert!(is_leftover(&format!("x{gone}"), "x") && is_leftover(&format!("x{gone}_7"), "x"));
+        for kept in [format!("x{}", process::id()), format!("y{gone}"), "x".to_owned(), "x_1".to_owned()] {
+            assert!(!is_leftover(&kept, "x"), "{kept}");
+        }
     }
 
     #[tokio::test]

@@ -31,18 +31,18 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    /// For a client of which no more is known than its version, as when its CONNECT is refused.
-    pub const fn new(version: Version) -> Self {
-        Self { version, max_packet_bytes: MAX_PACKET_BYTES, problem_information: true }
-    }
-
     /// For a client as its CONNECT describes it.
-    pub fn for_client(connect: &Connect) -> Self {
+    pub fn new(connect: &Connect) -> Self {
         Self {
             version: connect.version,
             max_packet_bytes: max_packet_bytes(connect.maximum_packet_size),
             problem_information: connect.request_problem_information,
         }
+    }
+
+    /// For a client of which no more is known than its version: its CONNECT is refused unread.
+    pub const fn for_version(version: Version) -> Self {
+        Self { version, max_packet_bytes: MAX_PACKET_BYTES, problem_information: true }
     }
 
     /// The version written.

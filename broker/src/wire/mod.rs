@@ -14,6 +14,8 @@ mod decode;
 mod encode;
 mod properties;
 mod reason;
+#[cfg(test)]
+mod tests;
 
 use std::borrow::Cow;
 use std::fmt;

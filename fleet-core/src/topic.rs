@@ -144,6 +144,8 @@ pub fn covers(wide: &str, narrow: &str) -> bool {
     if narrow.starts_with('$') && wide.starts_with(['+', '#']) {
         return false;
     }
+    // No topic is without a first level, so these two are one.
+    let wide = if wide == "+/#" { "#" } else { wide };
     let (mut wide, mut narrow) = (wide.split('/'), narrow.split('/'));
     loop {
         match (wide.next(), narrow.next()) {
@@ -170,6 +172,154 @@ pub fn overlaps(one: &str, other: &str) -> bool {
             (Some("+"), Some(_)) | (Some(_), Some("+")) => {}
             (Some(a), Some(b)) if a == b => {}
             _ => return false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::sample::select;
+
+    use super::*;
+
+    // ---- a device's topics ----
+
+    fn name() -> impl Strategy<Value = String> {
+        "[A-Za-z0-9.-][A-Za-z0-9._-]{0,8}".prop_filter("path tricks are no names", |name| id::is_name(name))
+    }
+
+    proptest! {
+        #[test]
+        fn a_device_topic_prints_as_it_was_parsed(tenant in name(), device in name(), rest in "[a-z/]{1,12}") {
+            let topic = format!("fleet/v1/{tenant}/{device}/{rest}");
+            let parsed = DeviceTopic::parse(&topic).expect("names and a channel");
+            prop_assert_eq!((parsed.tenant, parsed.device), (&tenant[..], &device[..]));
+            prop_assert_eq!(parsed.channel.as_str(), rest);
+            prop_assert_eq!(parsed.to_string(), topic);
+        }
+
+        #[test]
+        fn what_parses_prints_back_whatever_it_was(topic in "(fleet/v1/)?[a-z_./]{0,20}|\\PC{0,20}") {
+            if let Some(parsed) = DeviceTopic::parse(&topic) {
+                prop_assert_eq!(parsed.to_string(), topic);
+            }
+        }
+    }
+
+    #[test]
+    fn channels_are_known_by_their_whole_name() {
+        let channel = |topic| DeviceTopic::parse(topic).map(|parsed| parsed.channel);
+        assert_eq!(channel("fleet/v1/t/d/status"), Some(Channel::Status));
+        assert_eq!(channel("fleet/v1/t/d/telemetry"), Some(Channel::Telemetry));
+        assert_eq!(channel("fleet/v1/t/d/logs"), Some(Channel::Logs));
+        assert_eq!(channel("fleet/v1/t/d/events"), Some(Channel::Events));
+        assert_eq!(channel("fleet/v1/t/d/telemetry/x"), Some(Channel::Other("telemetry/x")));
+        for not_a_device in
+            ["fleet/v1/t/d", "fleet/v1/t/d/", "fleet/v1/t//status", "fleet/v2/t/d/status", "fleet/v1/t/_d/x"]
+        {
+            assert_eq!(channel(not_a_device), None, "{not_a_device}");
+        }
+    }
+
+    // ---- names and filters ----
+
+    #[test]
+    fn topic_names() {
+        for valid in ["/", "a", "a/b", "//", "a b", "$SYS/x", "日本/€"] {
+            assert!(is_valid_name(valid), "{valid}");
+        }
+        for invalid in ["", "+", "a/#", "a+b", "a\0b"] {
+            assert!(!is_valid_name(invalid), "{invalid:?}");
+        }
+        assert!(is_valid_name(&"/".repeat(MAX_LEVELS - 1)) && !is_valid_name(&"/".repeat(MAX_LEVELS)));
+        assert!(is_valid_name(&"x".repeat(MAX_BYTES)) && !is_valid_name(&"x".repeat(MAX_BYTES + 1)));
+    }
+
+    #[test]
+    fn topic_filters() {
+        for valid in ["#", "+", "/", "+/+/#", "a/+/b", "/+", "a//b", "$share/g/#", "$share/g//", "$SYS/#", "$sharey"] {
+            assert!(is_valid_filter(valid), "{valid}");
+        }
+        let invalid = ["", "a#", "a/b#", "#/a", "a/#/b", "+a", "a+/b", "++", "a\0", "$share", "$share/", "$share/g"];
+        let invalid_shared = ["$share/g/", "$share//a", "$share/g+/a", "$share/#/a", "$share/g/a#"];
+        for invalid in invalid.into_iter().chain(invalid_shared) {
+            assert!(!is_valid_filter(invalid), "{invalid:?}");
+        }
+    }
+
+    /// Levels so few that topics and filters meet often.
+    fn topic() -> impl Strategy<Value = String> {
+        vec(select(vec!["a", "b", "", "$s"]), 1..5)
+            .prop_map(|levels| levels.join("/"))
+            .prop_filter("not empty", |topic| !topic.is_empty())
+    }
+
+    fn filter() -> impl Strategy<Value = String> {
+        let levels = vec(select(vec!["a", "b", "", "$s", "+", "+"]), 0..4);
+        (levels, any::<bool>())
+            .prop_map(|(mut levels, all)| {
+                levels.extend(all.then_some("#"));
+                levels.join("/")
+            })
+            .prop_filter("not empty", |filter| !filter.is_empty())
+    }
+
+    /// MQTT 5 §4.7 word by word, with no thought for speed.
+    fn naive_matches(filter: &str, topic: &str) -> bool {
+        fn levels_match(filter: &[&str], topic: &[&str]) -> bool {
+            match (filter, topic) {
+                (["#"], _) | ([], []) => true,
+                ([want, filter @ ..], [have, topic @ ..]) => {
+                    (*want == "+" || want == have) && levels_match(filter, topic)
+                }
+                _ => false,
+            }
+        }
+        let hidden = topic.starts_with('$') && (filter.starts_with('+') || filter.starts_with('#'));
+        let (filter, topic): (Vec<_>, Vec<_>) = (filter.split('/').collect(), topic.split('/').collect());
+        !hidden && levels_match(&filter, &topic)
+    }
+
+    /// Every topic of up to five levels over the alphabet of the filters and one level that no filter names. The empty
+    /// one is among them: `/#` and `+` are said to overlap, though only in a name nobody may publish to.
+    fn every_topic() -> Vec<String> {
+        let mut topics: Vec<String> = Vec::new();
+        let mut longest = vec![String::new()];
+        for depth in 0..5 {
+            let deeper = |topic: &String| {
+                let start = if depth == 0 { String::new() } else { format!("{topic}/") };
+                ["a", "b", "", "$s", "z"].map(|level| format!("{start}{level}"))
+            };
+            longest = longest.iter().flat_map(deeper).collect();
+            topics.extend_from_slice(&longest);
+        }
+        topics
+    }
+
+    proptest! {
+        #[test]
+        fn matching_is_what_the_standard_says(filter in filter(), topic in topic()) {
+            prop_assert!(is_valid_filter(&filter) && is_valid_name(&topic));
+            prop_assert_eq!(matches(&filter, &topic), naive_matches(&filter, &topic));
+        }
+
+        #[test]
+        fn a_name_is_a_filter_that_matches_itself(topic in topic()) {
+            prop_assert!(is_valid_filter(&topic) && matches(&topic, &topic));
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+
+        #[test]
+        fn covering_and_overlapping_are_what_all_topics_say(one in filter(), other in filter()) {
+            let both = || every_topic().into_iter().filter(|topic| naive_matches(&other, topic));
+            prop_assert_eq!(covers(&one, &other), both().all(|topic| naive_matches(&one, &topic)));
+            prop_assert_eq!(overlaps(&one, &other), both().any(|topic| naive_matches(&one, &topic)));
+            prop_assert_eq!(overlaps(&one, &other), overlaps(&other, &one));
         }
     }
 }

@@ -88,7 +88,7 @@ fn the_first_packet_is_connect() {
 // ---- CONNECT ----
 
 /// A CONNECT with these flags; `rest` is what follows the keep alive.
-fn connect(level: u8, flags: u8, rest: Raw) -> Vec<u8> {
+fn connect(level: u8, flags: u8, rest: &Raw) -> Vec<u8> {
     raw().text("MQTT").u8(level).u8(flags).u16(10).bytes(&rest.0).frame(0x10)
 }
 
@@ -114,22 +114,22 @@ fn protocol_name_and_level() {
 fn flags_of_connect_311() {
     let closed = |reason| Err((reason, None));
     let malformed = || closed(Reason::MalformedPacket);
-    assert_eq!(first(&connect(4, 0x03, raw().text("c"))), malformed(), "§3.1.2-3 reserved flag");
-    assert_eq!(first(&connect(4, 0x0A, raw().text("c"))), malformed(), "§3.1.2-13 will QoS without will");
-    assert_eq!(first(&connect(4, 0x22, raw().text("c"))), malformed(), "§3.1.2-15 will retain without will");
-    let will_qos_3 = connect(4, 0x1E, raw().text("c").text("t").text("m"));
+    assert_eq!(first(&connect(4, 0x03, &raw().text("c"))), malformed(), "§3.1.2-3 reserved flag");
+    assert_eq!(first(&connect(4, 0x0A, &raw().text("c"))), malformed(), "§3.1.2-13 will QoS without will");
+    assert_eq!(first(&connect(4, 0x22, &raw().text("c"))), malformed(), "§3.1.2-15 will retain without will");
+    let will_qos_3 = connect(4, 0x1E, &raw().text("c").text("t").text("m"));
     assert_eq!(first(&will_qos_3), malformed(), "§3.1.2-14 will QoS 3");
-    assert_eq!(first(&connect(4, 0x42, raw().text("c").text("p"))), malformed(), "§3.1.2-22 password without user");
-    let trailing = connect(4, 0x02, raw().text("c").u8(0));
+    assert_eq!(first(&connect(4, 0x42, &raw().text("c").text("p"))), malformed(), "§3.1.2-22 password without user");
+    let trailing = connect(4, 0x02, &raw().text("c").u8(0));
     assert_eq!(first(&trailing), malformed(), "§3.1.3 bytes behind the payload");
-    assert_eq!(first(&connect(4, 0x82, raw().text("c"))), malformed(), "§3.1.2-19 user name is missing");
-    assert_eq!(first(&connect(4, 0x02, raw().sized(b"\xFF"))), malformed(), "§1.5.3-1 UTF-8");
-    assert_eq!(first(&connect(4, 0x02, raw().sized(b"\xED\xA0\x80"))), malformed(), "§1.5.3-1 surrogates");
-    assert_eq!(first(&connect(4, 0x02, raw().text("a\0"))), malformed(), "§1.5.3-2 U+0000");
+    assert_eq!(first(&connect(4, 0x82, &raw().text("c"))), malformed(), "§3.1.2-19 user name is missing");
+    assert_eq!(first(&connect(4, 0x02, &raw().sized(b"\xFF"))), malformed(), "§1.5.3-1 UTF-8");
+    assert_eq!(first(&connect(4, 0x02, &raw().sized(b"\xED\xA0\x80"))), malformed(), "§1.5.3-1 surrogates");
+    assert_eq!(first(&connect(4, 0x02, &raw().text("a\0"))), malformed(), "§1.5.3-2 U+0000");
     let rejected = Err((Reason::ClientIdentifierNotValid, Some(V311)));
-    assert_eq!(first(&connect(4, 0x00, raw().text(""))), rejected, "§3.1.3-8 no id and no clean session");
+    assert_eq!(first(&connect(4, 0x00, &raw().text(""))), rejected, "§3.1.3-8 no id and no clean session");
     for topic in ["", "a/#", "+", "a\0"] {
-        let bytes = connect(4, 0x06, raw().text("c").text(topic).text("m"));
+        let bytes = connect(4, 0x06, &raw().text("c").text(topic).text("m"));
         let reason = if topic.contains('\0') { Reason::MalformedPacket } else { Reason::TopicNameInvalid };
         assert_eq!(first(&bytes), closed(reason), "§4.7 will topic {topic:?}");
     }
@@ -137,10 +137,10 @@ fn flags_of_connect_311() {
 
 #[test]
 fn a_connect_that_is_legal_in_5_only() {
-    let password_alone = connect(5, 0x42, raw().variable(0).text("c").sized(b"\x00\xFF"));
+    let password_alone = connect(5, 0x42, &raw().variable(0).text("c").sized(b"\x00\xFF"));
     let Ok(Packet::Connect(accepted)) = first(&password_alone) else { panic!("§3.1.2.9") };
     assert_eq!(accepted.password.as_deref(), Some(&b"\x00\xFF"[..]));
-    let Ok(Packet::Connect(accepted)) = first(&connect(5, 0x00, raw().variable(0).text(""))) else {
+    let Ok(Packet::Connect(accepted)) = first(&connect(5, 0x00, &raw().variable(0).text(""))) else {
         panic!("§3.1.3.1 the server may choose the id of a kept session")
     };
     assert!(!accepted.clean_start && accepted.client_id.is_empty());
@@ -148,7 +148,7 @@ fn a_connect_that_is_legal_in_5_only() {
 
 #[test]
 fn properties_of_connect() {
-    let with = |block: &Raw| first(&connect(5, 0x02, raw().block(block).text("c")));
+    let with = |block: &Raw| first(&connect(5, 0x02, &raw().block(block).text("c")));
     let answered = |reason| Err((reason, Some(V5)));
     let (malformed, protocol) = (answered(Reason::MalformedPacket), answered(Reason::ProtocolError));
     assert_eq!(with(&raw().u8(0x21).u16(0)), protocol, "§3.1.2.11.3 receive maximum 0");
@@ -170,7 +170,7 @@ fn properties_of_connect() {
 #[test]
 fn properties_of_a_will() {
     let with = |block: &Raw, topic: &str| {
-        first(&connect(5, 0x06, raw().variable(0).text("c").block(block).text(topic).text("m")))
+        first(&connect(5, 0x06, &raw().variable(0).text("c").block(block).text(topic).text("m")))
     };
     let Ok(Packet::Connect(accepted)) = with(&raw().u8(0x02).u32(0).u8(0x18).u32(9).u8(0x01).u8(0), "t") else {
         panic!("§3.1.3.2.4 an expiry of 0 is legal")

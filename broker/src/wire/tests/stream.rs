@@ -13,7 +13,9 @@ fn conversation() -> impl Strategy<Value = (Version, Vec<u8>)> {
     version().prop_flat_map(|version| {
         (connect(version), vec(client_packet(version), 0..6)).prop_map(move |(connect, packets)| {
             let mut bytes = written(version, &Packet::Connect(Box::new(connect)));
-            packets.iter().for_each(|packet| bytes.extend(written(version, packet)));
+            for packet in &packets {
+                bytes.extend(written(version, packet));
+            }
             (version, bytes)
         })
     })

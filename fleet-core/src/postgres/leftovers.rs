@@ -18,10 +18,10 @@ use crate::error::Result;
 
 /// What is sent to a leftover after how long. With the start that follows, healing takes less than ten seconds.
 const STAGES: [(Duration, Signal); 3] =
-    [(Duration::ZERO, Signal::INT), (Duration::from_secs(3), Signal::QUIT), (Duration::from_secs(5), Signal::KILL)];
+    [(Duration::ZERO, Signal::INT), (Duration::from_secs(3), Signal::QUIT), (Duration::from_secs(4), Signal::KILL)];
 
 /// How long leftovers may resist `SIGKILL`.
-const GIVE_UP: Duration = Duration::from_secs(8);
+const GIVE_UP: Duration = Duration::from_secs(7);
 
 /// Ends the processes and removes the files of an earlier life. The caller holds the lock of `home` and has none running.
 pub(super) fn clear(home: &Home) -> Result<()> {

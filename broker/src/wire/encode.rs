@@ -32,7 +32,7 @@ pub struct Encoder {
 
 impl Encoder {
     /// For a client as its CONNECT describes it.
-    pub fn new(connect: &Connect) -> Self {
+    pub fn for_client(connect: &Connect) -> Self {
         Self {
             version: connect.version,
             max_packet_bytes: max_packet_bytes(connect.maximum_packet_size),
@@ -41,7 +41,7 @@ impl Encoder {
     }
 
     /// For a client of which no more is known than its version: its CONNECT is refused unread.
-    pub const fn for_version(version: Version) -> Self {
+    pub const fn new(version: Version) -> Self {
         Self { version, max_packet_bytes: MAX_PACKET_BYTES, problem_information: true }
     }
 

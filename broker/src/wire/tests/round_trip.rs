@@ -245,7 +245,7 @@ proptest! {
 
 fn encode(version: Version, packet: Outgoing<'_>) -> BytesMut {
     let mut into = BytesMut::new();
-    Encoder::for_version(version).encode(packet, &mut into).expect("there is no limit");
+    Encoder::new(version).encode(packet, &mut into).expect("there is no limit");
     into
 }
 

@@ -326,7 +326,7 @@ fn encoded(encoder: Encoder, packet: Outgoing<'_>) -> Result<Vec<u8>, TooLarge> 
 fn client(version: Version, change: impl FnOnce(&mut Connect)) -> Encoder {
     let Ok(Packet::Connect(mut connect)) = first(&plain_connect(version)) else { panic!("plain") };
     change(&mut connect);
-    Encoder::new(&connect)
+    Encoder::for_client(&connect)
 }
 
 #[test]
@@ -343,13 +343,13 @@ fn return_codes_of_311() {
     ];
     for (reason, bytes) in cases {
         let ack = ConnAck { session_present: true, ..ConnAck::refusal(reason, None) };
-        assert_eq!(encoded(Encoder::for_version(V311), Outgoing::ConnAck(&ack)).as_deref(), Ok(bytes), "{reason}");
+        assert_eq!(encoded(Encoder::new(V311), Outgoing::ConnAck(&ack)).as_deref(), Ok(bytes), "{reason}");
     }
 }
 
 #[test]
 fn answers_to_311_carry_no_reasons() {
-    let (encoder, packet_id) = (Encoder::for_version(V311), PacketId::MIN);
+    let (encoder, packet_id) = (Encoder::new(V311), PacketId::MIN);
     let reasons = &[Reason::GrantedQos1, Reason::NotAuthorized];
     let sub_ack = Outgoing::SubAck { packet_id, reasons, reason_string: Some("no") };
     assert_eq!(encoded(encoder, sub_ack).unwrap(), [0x90, 4, 0, 1, 1, 0x80]);
@@ -417,15 +417,15 @@ fn every_packet_survives_every_small_limit() {
 fn a_string_that_cannot_be_written_is_too_large() {
     let long = "x".repeat(65_536);
     let publish = Publish::new(long.clone().into(), "".into(), QoS::AtMostOnce, false);
-    assert_eq!(encoded(Encoder::for_version(V311), Outgoing::Publish(&publish)), Err(TooLarge));
-    assert_eq!(encoded(Encoder::for_version(V5), Outgoing::Publish(&publish)), Err(TooLarge));
+    assert_eq!(encoded(Encoder::new(V311), Outgoing::Publish(&publish)), Err(TooLarge));
+    assert_eq!(encoded(Encoder::new(V5), Outgoing::Publish(&publish)), Err(TooLarge));
     let bye = Outgoing::Disconnect { reason: Reason::ServerBusy, reason_string: Some(&long), user_properties: &[] };
-    assert_eq!(encoded(Encoder::for_version(V5), bye).as_deref(), Ok(&[0xE0, 2, 0x89, 0][..]));
+    assert_eq!(encoded(Encoder::new(V5), bye).as_deref(), Ok(&[0xE0, 2, 0x89, 0][..]));
 }
 
 #[test]
 fn a_reason_that_is_not_of_its_packet_becomes_the_general_error() {
-    let written = |packet| encoded(Encoder::for_version(V5), packet).unwrap();
+    let written = |packet| encoded(Encoder::new(V5), packet).unwrap();
     let ack = Ack::new(PacketId::MIN, Reason::ServerBusy);
     assert_eq!(written(Outgoing::PubAck(&ack)), [0x40, 3, 0, 1, 0x80]);
     assert_eq!(written(Outgoing::PubComp(&ack)), [0x70, 3, 0, 1, 0x92]);

@@ -42,6 +42,7 @@ create table device_status (
     firmware       text        null,
     -- Sequence numbers: the highest seen since boot, how many never came, and which (bounded).
     last_seq       bigint      null,
+    last_seq_ts    timestamptz null,     -- the time of that reading: where catching up after a crash begins
     missing        bigint      not null default 0,
     missing_ranges jsonb       not null default '[]',
     received       bigint      not null default 0,  -- readings since the device was enrolled

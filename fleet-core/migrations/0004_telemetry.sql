@@ -23,8 +23,12 @@ create table telemetry (
 ) partition by range (ts);
 -- Readings older than the oldest day kept apart, or of a day that has no partition yet.
 create table telemetry_default partition of telemetry default;
+create index telemetry_default_ts_idx on telemetry_default (ts);
+-- A clamped reading that is sent again is found by the time its device gave it.
+create index telemetry_sent_at_idx on telemetry (device_key, sent_at, seq) where sent_at is not null;
 
--- The newest value of every metric of a device: {"temp": [1763692212345, 21.4]}, the time in ms.
+-- The newest value of every metric of a device: {"temp": [1763692212345, 918, 21.4]}, that is time in ms, seq
+-- and value; without the value when that is large: it is read from its reading then.
 create table device_latest (
     device_key bigint      primary key constraint device_latest_device_key_fkey references device (key) on delete cascade,
     newest     timestamptz not null,
@@ -42,4 +46,5 @@ create table dead_letter (
     received_at timestamptz not null
 );
 create index dead_letter_tenant_key_idx on dead_letter (tenant_key, id desc);
+create index dead_letter_device_idx on dead_letter (tenant_key, device_id, id desc);
 create index dead_letter_received_at_idx on dead_letter (received_at);

@@ -1,1 +1,139 @@
-//! Payloads that could not be read: acknowledged, so kept, with the reason.
+//! Dead letters: payloads that could not be read. They were acknowledged, so they are kept, with the reason.
+//!
+//! Holds: a letter stored twice is there once; a letter of a tenant that was deleted meanwhile is no error.
+//! Ignorant of: MQTT, HTTP, users.
+
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::Result;
+use crate::clock::from_ms;
+use crate::id::{DeadLetterId, DeviceId, TenantKey};
+
+/// Longest reason, in bytes; a longer one is cut.
+pub const MAX_REASON_BYTES: usize = 512;
+
+/// Most letters of one page.
+pub const MAX_PAGE: i64 = 1_000;
+
+/// A payload that could not be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeadLetter {
+    /// Made on arrival, so that a letter that is stored twice is there once.
+    pub id: DeadLetterId,
+    /// Whose device.
+    pub tenant: TenantKey,
+    /// Which device; it may be deleted since.
+    pub device: DeviceId,
+    /// Where it was sent.
+    pub topic: String,
+    /// What was expected, for whoever wrote the device's software.
+    pub reason: String,
+    /// As it came.
+    pub payload: Bytes,
+    /// When it came, in ms since the epoch.
+    pub received_ms: i64,
+}
+
+/// A letter that was kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeadLetterRow {
+    /// Names it.
+    pub id: DeadLetterId,
+    /// Which device; it may be deleted since.
+    pub device: String,
+    /// Where it was sent.
+    pub topic: String,
+    /// What was expected.
+    pub reason: String,
+    /// As it came.
+    pub payload: Vec<u8>,
+    /// When it came.
+    pub received_at: DateTime<Utc>,
+}
+
+/// Keeps letters, in one statement.
+pub async fn insert(db: &mut PgConnection, letters: &[DeadLetter]) -> Result<()> {
+    if letters.is_empty() {
+        return Ok(());
+    }
+    let id: Vec<Uuid> = letters.iter().map(|letter| letter.id.uuid()).collect();
+    let tenant: Vec<i64> = letters.iter().map(|letter| letter.tenant.0).collect();
+    let device: Vec<&str> = letters.iter().map(|letter| letter.device.as_str()).collect();
+    let topic: Vec<String> = letters.iter().map(|letter| storable(&letter.topic, usize::MAX)).collect();
+    let reason: Vec<String> = letters.iter().map(|letter| storable(&letter.reason, MAX_REASON_BYTES)).collect();
+    let payload: Vec<&[u8]> = letters.iter().map(|letter| letter.payload.as_ref()).collect();
+    let received: Vec<DateTime<Utc>> = letters.iter().map(|letter| from_ms(letter.received_ms)).collect();
+    sqlx::query!(
+        "
+        insert into dead_letter (id, tenant_key, device_id, topic, reason, payload, received_at)
+        select u.id, u.tenant, u.device, u.topic, u.reason, u.payload, u.received
+          from unnest($1::uuid[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::bytea[], $7::timestamptz[])
+            as u (id, tenant, device, topic, reason, payload, received)
+          join (select key from tenant where key = any($2) for key share) t on t.key = u.tenant
+   on conflict (id) do nothing
+        ",
+        &id,
+        &tenant,
+        &device as &[&str],
+        &topic,
+        &reason,
+        &payload as &[&[u8]],
+        &received,
+    )
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// Text as PostgreSQL takes it, at most `max` bytes.
+fn storable(text: &str, max: usize) -> String {
+    text[..text.floor_char_boundary(max)].replace('\0', "\u{fffd}")
+}
+
+/// Letters of a tenant, or of one device, newest first; `before` goes on after the last letter of a page. At most
+/// [`MAX_PAGE`].
+pub async fn page(
+    db: &mut PgConnection,
+    tenant: TenantKey,
+    device: Option<&DeviceId>,
+    before: Option<DeadLetterId>,
+    limit: i64,
+) -> Result<Vec<DeadLetterRow>> {
+    let before = before.map_or(Uuid::max(), DeadLetterId::uuid);
+    let limit = limit.clamp(0, MAX_PAGE);
+    let rows = match device {
+        Some(device) => {
+            sqlx::query_as!(
+                DeadLetterRow,
+                "
+                select id, device_id as device, topic, reason, payload, received_at from dead_letter
+                 where tenant_key = $1 and device_id = $2 and id < $3 order by id desc limit $4
+                ",
+                tenant.0,
+                device.as_str(),
+                before,
+                limit,
+            )
+            .fetch_all(db)
+            .await?
+        }
+        None => {
+            sqlx::query_as!(
+                DeadLetterRow,
+                "
+                select id, device_id as device, topic, reason, payload, received_at from dead_letter
+                 where tenant_key = $1 and id < $2 order by id desc limit $3
+                ",
+                tenant.0,
+                before,
+                limit,
+            )
+            .fetch_all(db)
+            .await?
+        }
+    };
+    Ok(rows)
+}

@@ -1,1 +1,162 @@
-//! broker
+//! The MQTT door: devices and applications come in here, and what they are told "yes" to is kept.
+//!
+//! | part | where |
+//! |---|---|
+//! | accepting connections, admission | [`listener`](self) (`listener.rs`) |
+//! | from a socket to a known client | `handshake.rs` |
+//! | one client: packets in, packets out, its limits | `connection.rs`, over the bytes of `stream.rs` |
+//! | what belongs to a client: subscriptions, in-flight messages, its mailbox | `session.rs` |
+//! | the subscription tree and retained messages | `router.rs` |
+//! | who may connect, and on which topics | `access.rs` |
+//! | queue → writer → database → acknowledgement | `ingest.rs` |
+//! | the protocol's bytes | [`wire`] |
+//!
+//! Holds: a PUBACK for `telemetry` or `status` is sent only after COMMIT, in order (ADR 4). No input panics the
+//! process, and a slow or hostile client hurts only itself.
+//! Ignorant of: HTTP, and of what readings mean.
+
+mod access;
+mod connection;
+mod handshake;
+mod ingest;
+mod listener;
+mod metrics;
+mod router;
+mod session;
+mod stream;
+pub mod wire;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fleet_core::clock::Clock;
+use fleet_core::config;
+use fleet_core::token::Keys;
+use prometheus::Registry;
+use sqlx::PgPool;
+use sqlx::postgres::PgConnectOptions;
+
+pub use ingest::Health;
+pub use metrics::Metrics;
+
+use access::Access;
+use ingest::Ingest;
+use router::Router;
+use session::Sessions;
+
+/// How long a stop waits for clients to be told and for batches to commit.
+const STOP_WITHIN: Duration = Duration::from_secs(8);
+
+/// What the broker is made of; everything is handed in, nothing is global.
+pub struct Parts {
+    /// Settings of the door.
+    pub mqtt: config::Mqtt,
+    /// Settings of the writers.
+    pub ingest: config::Ingest,
+    /// For credentials; the writers have connections of their own.
+    pub db: PgPool,
+    /// How the writers connect.
+    pub writer_options: PgConnectOptions,
+    /// Verifies access tokens.
+    pub keys: Arc<Keys>,
+    /// The time.
+    pub clock: Clock,
+    /// Where the metrics are registered.
+    pub registry: Registry,
+}
+
+/// Why the broker could not start, in one line that says what was expected.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The address cannot be listened on.
+    #[error("mqtt.listen {address} cannot be used: {error}; expected a free address of this machine")]
+    Listen {
+        /// The address asked for.
+        address: SocketAddr,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// A metric could not be registered.
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+    /// The database refused.
+    #[error(transparent)]
+    Database(#[from] fleet_core::Error),
+}
+
+/// Everything the parts of a running broker share.
+struct Shared {
+    settings: config::Mqtt,
+    access: Access,
+    router: Router,
+    sessions: Sessions,
+    ingest: Ingest,
+    metrics: Metrics,
+    clock: Clock,
+}
+
+/// A running broker.
+pub struct Broker {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    accepting: tokio::task::JoinHandle<()>,
+    writers: ingest::Writers,
+}
+
+impl Broker {
+    /// Starts the writers and listens. Devices that were online when an earlier broker died are marked lost first.
+    ///
+    /// # Errors
+    /// [`StartError`] when the address is taken or the database refuses.
+    pub async fn start(parts: Parts) -> Result<Self, StartError> {
+        let metrics = Metrics::new(&parts.registry)?;
+        let listener = listener::bind(parts.mqtt.listen)?;
+        let address =
+            listener.local_addr().map_err(|error| StartError::Listen { address: parts.mqtt.listen, error })?;
+        let mut db = parts.db.acquire().await.map_err(fleet_core::Error::from)?;
+        fleet_core::status::mark_all_lost(&mut db, parts.clock.now_ms(), "the broker stopped").await?;
+        drop(db);
+        let router = Router::new(parts.mqtt.max_retained, metrics.clone());
+        let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &router, &metrics);
+        let shared = Arc::new(Shared {
+            access: Access::new(parts.db, parts.keys, parts.clock.clone()),
+            sessions: Sessions::default(),
+            settings: parts.mqtt,
+            clock: parts.clock,
+            router,
+            ingest,
+            metrics,
+        });
+        let accepting = tokio::spawn(listener::accept(listener, shared.clone()));
+        Ok(Self { shared, address, accepting, writers })
+    }
+
+    /// The address that is listened on; the port is real even when 0 was asked for.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Tells whether the writers can commit; for readiness.
+    pub fn health(&self) -> Health {
+        self.writers.health()
+    }
+
+    /// The broker's metrics, for a live view in the same process.
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
+    /// Stops accepting, lets what was received be committed and acknowledged, says good-bye (MQTT 5: DISCONNECT 0x8B)
+    /// and ends the writers. Takes at most a few seconds, even when the database is away.
+    pub async fn stop(self) {
+        self.accepting.abort();
+        self.shared.sessions.close_all();
+        let ended = tokio::time::timeout(STOP_WITHIN, self.shared.sessions.all_ended()).await;
+        if ended.is_err() {
+            tracing::warn!("some connections did not end in time");
+        }
+        drop(self.shared);
+        self.writers.stop(STOP_WITHIN).await;
+    }
+}

@@ -195,16 +195,15 @@ impl TopicRules {
     }
 
     fn decide(&self, action: Action, allows: impl Fn(&str) -> bool, denies: impl Fn(&str) -> bool) -> bool {
-        let mut about = self.rules.iter().filter(|rule| rule.action.covers(action));
-        let mut allowed = false;
-        let denied = about.any(|rule| match rule.effect {
-            Effect::Allow => {
-                allowed |= allows(&rule.filter);
-                false
+        let mut granted = false;
+        for rule in self.rules.iter().filter(|rule| rule.action.covers(action)) {
+            match rule.effect {
+                Effect::Allow => granted |= allows(&rule.filter),
+                Effect::Deny if denies(&rule.filter) => return false,
+                Effect::Deny => {}
             }
-            Effect::Deny => denies(&rule.filter),
-        });
-        allowed && !denied
+        }
+        granted
     }
 }
 

@@ -1,0 +1,213 @@
+//! From an accepted socket to a known client: CONNECT, credential, CONNACK (MQTT 5 §3.1, §3.2).
+//!
+//! Holds: before a client is known, little is buffered for it and little time is given to it; whoever is refused is
+//! told why where the standard has a word for it.
+
+use std::net::SocketAddr;
+use std::num::{NonZeroU16, NonZeroU32};
+use std::time::Duration;
+
+use bytestring::ByteString;
+use fleet_core::policy::{Principal, Who};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::{Instant, timeout, timeout_at};
+use uuid::Uuid;
+
+use crate::Shared;
+use crate::access::{Refusal, Rights};
+use crate::metrics::Limit;
+use crate::session::SessionKey;
+use crate::stream::{Io, Stream};
+use crate::wire::{ConnAck, Connect, Decoder, Encoder, Outgoing, Packet, QoS, Reason, Version, Violation};
+
+/// Largest CONNECT, in bytes.
+const MAX_CONNECT_BYTES: u32 = 64 * 1024;
+/// Longest client id, in bytes; the standard asks for at least 23 (MQTT 5 §3.1.3.1).
+const MAX_CLIENT_ID_BYTES: usize = 256;
+/// How long telling somebody to go may take.
+pub(crate) const FAREWELL_WITHIN: Duration = Duration::from_secs(1);
+
+/// A client that was let in.
+pub(crate) struct Admitted<S> {
+    pub(crate) stream: Stream<S>,
+    pub(crate) decoder: Decoder,
+    pub(crate) encoder: Encoder,
+    pub(crate) connect: Connect,
+    pub(crate) rights: Rights,
+    pub(crate) session: SessionKey,
+    /// What it is answered, once the session is its own.
+    pub(crate) answer: ConnAck,
+    /// `None`: it may be silent for ever (3.1.1 only).
+    pub(crate) keep_alive: Option<Duration>,
+}
+
+/// Reads the CONNECT and checks it; `None` when the client was turned away.
+pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
+    shared: &Shared,
+    socket: S,
+    peer: SocketAddr,
+) -> Option<Admitted<S>> {
+    let (mut stream, decoder, connect) = read_connect(shared, socket, peer).await?;
+    let encoder = Encoder::for_client(&connect);
+    match admit(shared, &connect).await {
+        Ok((principal, rights)) => {
+            let client_id = client_id(&connect, &principal);
+            let session = session_key(&principal, &client_id);
+            let keep_alive_s = keep_alive_s(&connect, shared.settings.max_keep_alive_s);
+            let answer = welcome(shared, &connect, &client_id, keep_alive_s);
+            let keep_alive = keep_alive_s.map(|seconds| Duration::from_secs(u64::from(seconds)));
+            Some(Admitted { stream, decoder, encoder, connect, rights, session, answer, keep_alive })
+        }
+        Err(refusal) => {
+            tracing::debug!(%peer, reason = %refusal.0, text = refusal.1, "a client was turned away");
+            turn_away(shared, &mut stream, &encoder, refusal).await;
+            None
+        }
+    }
+}
+
+/// Tells a client that the broker is full (MQTT 5: 0x97, 3.1.1: 3) and closes.
+pub(crate) async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(shared: &Shared, socket: S, peer: SocketAddr) {
+    if let Some((mut stream, _, connect)) = read_connect(shared, socket, peer).await {
+        let refusal = match connect.version {
+            Version::V5 => (Reason::QuotaExceeded, "the broker holds as many connections as it may"),
+            Version::V311 => (Reason::ServerUnavailable, ""),
+        };
+        turn_away(shared, &mut stream, &Encoder::for_client(&connect), refusal).await;
+    }
+}
+
+async fn read_connect<S: AsyncRead + AsyncWrite + Unpin>(
+    shared: &Shared,
+    socket: S,
+    peer: SocketAddr,
+) -> Option<(Stream<S>, Decoder, Connect)> {
+    let deadline = Instant::now() + Duration::from_millis(shared.settings.connect_timeout_ms);
+    let mut stream = Stream::new(socket);
+    let mut decoder = Decoder::new(shared.settings.max_packet_bytes, MAX_CONNECT_BYTES);
+    loop {
+        match decoder.decode(&mut stream.inbound) {
+            Ok(Some(Packet::Connect(connect))) => return Some((stream, decoder, *connect)),
+            Ok(Some(_)) => return None,
+            Ok(None) => {}
+            Err(violation) => {
+                tracing::debug!(%peer, %violation, "no CONNECT");
+                reject(shared, &mut stream, &violation).await;
+                return None;
+            }
+        }
+        match timeout_at(deadline, stream.ready(true)).await {
+            Ok(Ok(Io::Read)) => {}
+            Ok(_) => return None,
+            Err(_) => {
+                shared.metrics.hit(Limit::ConnectTimeout);
+                return None;
+            }
+        }
+    }
+}
+
+/// Answers a first packet that is no CONNECT, where there is an answer.
+async fn reject<S: AsyncRead + AsyncWrite + Unpin>(shared: &Shared, stream: &mut Stream<S>, violation: &Violation) {
+    count_violation(shared, violation);
+    let Some(version) = violation.answer_as else { return };
+    let text = ByteString::from(violation.text.as_ref());
+    say_goodbye(stream, &Encoder::new(version), Outgoing::ConnAck(&ConnAck::refusal(violation.reason, Some(text))))
+        .await;
+}
+
+/// Counts a broken rule; a packet that was too large is a bound that was hit.
+pub(crate) fn count_violation(shared: &Shared, violation: &Violation) {
+    if violation.reason == Reason::PacketTooLarge {
+        shared.metrics.hit(Limit::PacketBytes);
+    }
+}
+
+/// Refuses a CONNECT and closes.
+pub(crate) async fn turn_away<S: AsyncRead + AsyncWrite + Unpin>(
+    shared: &Shared,
+    stream: &mut Stream<S>,
+    encoder: &Encoder,
+    (reason, text): Refusal,
+) {
+    shared.metrics.connects.with_label_values(&[reason.text()]).inc();
+    let text = (!text.is_empty()).then(|| ByteString::from_static(text));
+    say_goodbye(stream, encoder, Outgoing::ConnAck(&ConnAck::refusal(reason, text))).await;
+}
+
+/// Sends a last packet and closes; a client that does not read is not waited for.
+pub(crate) async fn say_goodbye<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut Stream<S>,
+    encoder: &Encoder,
+    packet: Outgoing<'_>,
+) {
+    // What does not fit the client's Maximum Packet Size is left unsaid (MQTT 5 §3.1.2.11.4).
+    let _ = encoder.encode(packet, &mut stream.outbound);
+    // The client may have gone: there is nobody left to tell.
+    let _ = timeout(FAREWELL_WITHIN, stream.finish()).await;
+}
+
+/// Whether the client may come in, and with which rights.
+async fn admit(shared: &Shared, connect: &Connect) -> Result<(Principal, Rights), Refusal> {
+    if connect.authentication_method.is_some() {
+        return Err((Reason::BadAuthenticationMethod, "extended authentication is not offered"));
+    }
+    if connect.client_id.len() > MAX_CLIENT_ID_BYTES {
+        return Err((Reason::ClientIdentifierNotValid, "expected a client id of at most 256 bytes"));
+    }
+    if connect.client_id.is_empty() && connect.version == Version::V311 && !connect.clean_start {
+        return Err((Reason::ClientIdentifierNotValid, "an empty client id needs a clean session"));
+    }
+    let principal = shared.access.authenticate(connect).await?;
+    let mut rights = Rights::new(&principal);
+    if let Some(will) = &connect.will {
+        if will.qos == QoS::ExactlyOnce {
+            return Err((Reason::QosNotSupported, "expected a will of QoS 0 or 1"));
+        }
+        if let Err(text) = rights.publish(&will.topic) {
+            shared.metrics.denied.with_label_values(&["connect"]).inc();
+            return Err((Reason::NotAuthorized, text));
+        }
+    }
+    Ok((principal, rights))
+}
+
+/// The client's own id, or the one it is given (MQTT 5 §3.1.3.1): a device its name, anybody else a new one.
+fn client_id(connect: &Connect, principal: &Principal) -> ByteString {
+    match &principal.who {
+        _ if !connect.client_id.is_empty() => connect.client_id.clone(),
+        Who::Device { id, .. } => ByteString::from(id.as_str()),
+        Who::User { .. } => ByteString::from(Uuid::new_v4().simple().to_string()),
+    }
+}
+
+fn session_key(principal: &Principal, client_id: &str) -> SessionKey {
+    match &principal.who {
+        Who::Device { id, .. } => format!("{}/{id}/{client_id}", principal.tenant_id),
+        Who::User { id, .. } => format!("{}//{id}/{client_id}", principal.tenant_id),
+    }
+    .into()
+}
+
+/// An MQTT 5 client can be told a shorter keep alive than it asked for; a 3.1.1 client keeps its own.
+fn keep_alive_s(connect: &Connect, most: u16) -> Option<u16> {
+    match (connect.version, connect.keep_alive_s) {
+        (Version::V5, 0) => Some(most),
+        (Version::V5, asked) => Some(asked.min(most)),
+        (Version::V311, 0) => None,
+        (Version::V311, asked) => Some(asked),
+    }
+}
+
+fn welcome(shared: &Shared, connect: &Connect, client_id: &ByteString, keep_alive_s: Option<u16>) -> ConnAck {
+    ConnAck {
+        assigned_client_id: connect.client_id.is_empty().then(|| client_id.clone()),
+        server_keep_alive_s: keep_alive_s.filter(|seconds| *seconds != connect.keep_alive_s),
+        session_expiry_s: (connect.session_expiry_s > 0).then_some(0),
+        receive_maximum: NonZeroU16::new(shared.settings.receive_maximum).unwrap_or(NonZeroU16::MAX),
+        maximum_qos: QoS::AtLeastOnce,
+        maximum_packet_size: NonZeroU32::new(shared.settings.max_packet_bytes),
+        shared_subscriptions_available: false,
+        ..ConnAck::default()
+    }
+}

@@ -1,0 +1,538 @@
+//! From a topic to a row: bounded queue → writer → one transaction → COMMIT → the acknowledgement is released.
+//!
+//! Holds: nothing is acknowledged before its COMMIT; what one device sends is committed in order; a full queue makes
+//! its senders wait and loses nothing; while the database is away a writer keeps its batch and tries again; one
+//! message the database refuses goes to the dead letters and takes nothing else with it (ADR 4).
+//! Subscribers, latest values and counters are fed from the committed batch, never before.
+//! Ignorant of: sockets and sessions, but for the mailbox an acknowledgement goes to.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use fleet_core::config;
+use fleet_core::dead_letter::{self, DeadLetter};
+use fleet_core::error::is_refused;
+use fleet_core::id::{DeadLetterId, DeviceId, DeviceKey, TenantKey};
+use fleet_core::latest::Tracker;
+use fleet_core::status::{self, Change};
+use fleet_core::telemetry::{self, Batch, Limits, Rejected, Shapes};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{Connection, PgConnection};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::metrics::Metrics;
+use crate::router::Router;
+use crate::session::Mailbox;
+use crate::wire::Publish;
+
+/// First wait before a failed commit is tried again; doubled up to [`RETRY_AT_MOST`].
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+/// Longest wait between two tries.
+const RETRY_AT_MOST: Duration = Duration::from_secs(1);
+/// Latest values and states are written that often.
+const FLUSH_EVERY: Duration = Duration::from_secs(1);
+
+/// Where an acknowledgement goes once the message is committed.
+pub(crate) struct Receipt {
+    pub(crate) mailbox: Arc<Mailbox>,
+    pub(crate) ticket: u64,
+}
+
+/// The device whose message it is.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Sender {
+    pub(crate) tenant: TenantKey,
+    pub(crate) device: DeviceKey,
+    pub(crate) id: DeviceId,
+}
+
+/// Something to be committed.
+pub(crate) struct Item {
+    sender: Arc<Sender>,
+    received_ms: i64,
+    what: What,
+    /// Its share of the queue's bytes; given back when the item is dropped.
+    room: Option<OwnedSemaphorePermit>,
+}
+
+/// What an item is.
+pub(crate) enum What {
+    /// Readings, as a device sent them.
+    Telemetry(Message),
+    /// A state, as a device sent it.
+    Status(Message),
+    /// A state, as the broker saw it.
+    Seen(Change),
+}
+
+/// A message of a device.
+pub(crate) struct Message {
+    pub(crate) publish: Publish,
+    /// `None` at QoS 0 and for wills.
+    pub(crate) receipt: Option<Receipt>,
+}
+
+impl Item {
+    pub(crate) fn new(sender: Arc<Sender>, received_ms: i64, what: What) -> Self {
+        Self { sender, received_ms, what, room: None }
+    }
+
+    fn message(&self) -> Option<&Message> {
+        match &self.what {
+            What::Telemetry(message) | What::Status(message) => Some(message),
+            What::Seen(_) => None,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.message().map_or(0, |message| message.publish.payload.len())
+    }
+}
+
+/// The way in: one bounded queue for each writer.
+pub(crate) struct Ingest {
+    queues: Vec<Queue>,
+    metrics: Metrics,
+}
+
+struct Queue {
+    items: mpsc::Sender<Item>,
+    bytes: Arc<Semaphore>,
+}
+
+impl Queue {
+    /// The item with its room taken, or the item back when there is none.
+    #[expect(clippy::result_large_err, reason = "the item itself comes back; a box would cost every message one")]
+    fn with_room(&self, mut item: Item) -> Result<Item, Item> {
+        match self.bytes.clone().try_acquire_many_owned(permits(&item)) {
+            Ok(room) => {
+                item.room = Some(room);
+                Ok(item)
+            }
+            Err(_) => Err(item),
+        }
+    }
+}
+
+/// A permit is a byte; a packet is at most 256 MiB, so it fits.
+fn permits(item: &Item) -> u32 {
+    u32::try_from(item.bytes()).unwrap_or(u32::MAX)
+}
+
+impl Ingest {
+    fn queue(&self, device: DeviceKey) -> &Queue {
+        let index = usize::try_from(device.0.unsigned_abs()).unwrap_or_default() % self.queues.len();
+        &self.queues[index]
+    }
+
+    /// Hands an item to its device's writer without waiting.
+    ///
+    /// # Errors
+    /// The item comes back when the queue is full: [`Ingest::wait`] for room, and read nothing meanwhile.
+    #[expect(clippy::result_large_err, reason = "the item itself comes back; a box would cost every message one")]
+    pub(crate) fn offer(&self, item: Item) -> Result<(), Item> {
+        let queue = self.queue(item.sender.device);
+        let item = queue.with_room(item)?;
+        queue.items.try_send(item).map_err(|refused| {
+            let mut item = refused.into_inner();
+            item.room = None;
+            item
+        })?;
+        self.metrics.queued.inc();
+        Ok(())
+    }
+
+    /// Hands an item to its device's writer, waiting for room as long as it takes.
+    pub(crate) async fn wait(&self, item: Item) {
+        let Err(mut item) = self.offer(item) else { return };
+        self.metrics.hit(crate::metrics::Limit::IngestQueue);
+        let queue = self.queue(item.sender.device);
+        item.room = queue.bytes.clone().acquire_many_owned(permits(&item)).await.ok();
+        // The writer is gone only when the broker stops; what it has not taken was not acknowledged.
+        if queue.items.send(item).await.is_ok() {
+            self.metrics.queued.inc();
+        }
+    }
+}
+
+/// Whether the writers can commit.
+#[derive(Clone, Debug)]
+pub struct Health {
+    away: Vec<Arc<AtomicBool>>,
+}
+
+impl Health {
+    /// `true` while every writer's last try succeeded.
+    pub fn is_ready(&self) -> bool {
+        self.away.iter().all(|away| !away.load(Ordering::Relaxed))
+    }
+}
+
+/// The running writers.
+pub(crate) struct Writers {
+    tasks: Vec<JoinHandle<()>>,
+    health: Health,
+}
+
+impl Writers {
+    pub(crate) fn health(&self) -> Health {
+        self.health.clone()
+    }
+
+    /// Waits for the writers to commit what they hold; they end when every [`Ingest`] is gone.
+    pub(crate) async fn stop(self, within: Duration) {
+        let deadline = Instant::now() + within;
+        for mut task in self.tasks {
+            if timeout_at(deadline, &mut task).await.is_err() {
+                tracing::warn!("a writer could not commit its last batch in time; none of it was acknowledged");
+                task.abort();
+            }
+        }
+    }
+}
+
+/// Starts the writers. A device always belongs to the same one, so its messages are committed in order.
+pub(crate) fn start(
+    settings: &config::Ingest,
+    options: &PgConnectOptions,
+    router: &Router,
+    metrics: &Metrics,
+) -> (Ingest, Writers) {
+    let mut queues = Vec::new();
+    let mut tasks = Vec::new();
+    let mut away = Vec::new();
+    for index in 0..settings.writers {
+        let (items, taken) = mpsc::channel(settings.queue_messages);
+        let is_away = Arc::new(AtomicBool::new(false));
+        let writer = Writer {
+            index,
+            items: taken,
+            store: Store::new(settings, options.clone()),
+            router: router.clone(),
+            metrics: metrics.clone(),
+            is_away: is_away.clone(),
+            settings: settings.clone(),
+        };
+        tasks.push(tokio::spawn(writer.run()));
+        queues.push(Queue { items, bytes: Arc::new(Semaphore::new(settings.queue_bytes)) });
+        away.push(is_away);
+    }
+    (Ingest { queues, metrics: metrics.clone() }, Writers { tasks, health: Health { away } })
+}
+
+/// Takes from one queue, commits, releases the acknowledgements.
+struct Writer {
+    index: usize,
+    items: mpsc::Receiver<Item>,
+    store: Store,
+    router: Router,
+    metrics: Metrics,
+    is_away: Arc<AtomicBool>,
+    settings: config::Ingest,
+}
+
+impl Writer {
+    async fn run(mut self) {
+        let mut flush = tokio::time::interval(FLUSH_EVERY);
+        flush.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut items = Vec::with_capacity(self.settings.batch_messages);
+        loop {
+            tokio::select! {
+                biased;
+                _ = flush.tick() => self.flush().await,
+                taken = self.items.recv() => match taken {
+                    Some(first) => {
+                        let began = Instant::now();
+                        self.fill(first, &mut items).await;
+                        self.commit(&items).await;
+                        self.metrics.commit_seconds.observe(began.elapsed().as_secs_f64());
+                        self.release(&mut items);
+                    }
+                    None => break,
+                },
+            }
+        }
+        self.flush().await;
+    }
+
+    /// Gathers a batch: until it is full, or its first message has waited long enough.
+    async fn fill(&mut self, first: Item, items: &mut Vec<Item>) {
+        let deadline = Instant::now() + Duration::from_millis(self.settings.batch_wait_ms);
+        let mut bytes = first.bytes();
+        items.push(first);
+        while items.len() < self.settings.batch_messages && bytes < self.settings.batch_bytes {
+            let Ok(item) = self.items.try_recv() else {
+                match timeout_at(deadline, self.items.recv()).await {
+                    Ok(Some(item)) => {
+                        bytes += item.bytes();
+                        items.push(item);
+                        continue;
+                    }
+                    Ok(None) | Err(_) => return,
+                }
+            };
+            bytes += item.bytes();
+            items.push(item);
+        }
+    }
+
+    /// Commits the batch, however long the database is away. What it refuses for good is narrowed down by halves
+    /// until the one message at fault stands alone and goes to the dead letters.
+    async fn commit(&mut self, items: &[Item]) {
+        self.metrics.batch_size.observe(count(items.len()));
+        let mut parts = vec![items];
+        while let Some(part) = parts.pop() {
+            let mut sorted = self.store.sort(part);
+            let committed = self.until_committed(&mut sorted).await;
+            self.store.reuse(sorted);
+            let Err(refusal) = committed else { continue };
+            if let [item] = part {
+                self.put_aside(item, &refusal).await;
+            } else {
+                let (front, back) = part.split_at(part.len() / 2);
+                parts.extend([back, front]);
+            }
+        }
+    }
+
+    /// Keeps a message the database refuses as a dead letter.
+    async fn put_aside(&mut self, item: &Item, refusal: &str) {
+        let mut sorted = Sorted::refused(item, refusal);
+        if let Err(refusal) = self.until_committed(&mut sorted).await {
+            tracing::error!(refusal, device.id = %item.sender.id, "the database refused even the dead letter");
+        }
+    }
+
+    /// Tries until the database has committed, or refused for good: then the error says why.
+    async fn until_committed(&mut self, sorted: &mut Sorted) -> Result<(), String> {
+        let mut wait = RETRY_FIRST;
+        loop {
+            match self.store.commit(sorted).await {
+                Ok(stored) => {
+                    sorted.count(stored, &self.metrics);
+                    self.found_back();
+                    return Ok(());
+                }
+                Err(fleet_core::Error::Database(error)) if is_refused(&error) => {
+                    tracing::warn!(error = %Chain(&error), "the database refused a batch");
+                    return Err(Chain(&error).to_string());
+                }
+                Err(error) => {
+                    self.found_away(&error);
+                    sleep(wait).await;
+                    wait = (wait * 2).min(RETRY_AT_MOST);
+                }
+            }
+        }
+    }
+
+    fn found_back(&self) {
+        if self.is_away.swap(false, Ordering::Relaxed) {
+            tracing::info!(writer = self.index, "the database is back");
+        }
+    }
+
+    fn found_away(&mut self, error: &fleet_core::Error) {
+        self.metrics.retries.inc();
+        self.store.disconnect();
+        if !self.is_away.swap(true, Ordering::Relaxed) {
+            let error = Chain(error);
+            tracing::error!(writer = self.index, %error, "cannot commit: trying until the database is back");
+        }
+    }
+
+    /// After the COMMIT: acknowledgements, then subscribers.
+    fn release(&mut self, items: &mut Vec<Item>) {
+        self.metrics.queued.sub(i64::try_from(items.len()).unwrap_or_default());
+        for item in items.iter() {
+            let Some(message) = item.message() else { continue };
+            if let Some(receipt) = &message.receipt {
+                receipt.mailbox.settle(receipt.ticket);
+                self.metrics.acknowledged.inc();
+            }
+            // The message is stored; that no more can be retained is counted, and is no reason to refuse it.
+            let _ = message.publish.retain.then(|| self.router.retain(&message.publish));
+            self.router.publish(&message.publish, None);
+        }
+        items.clear();
+    }
+
+    async fn flush(&mut self) {
+        if let Err(error) = self.store.flush(&self.metrics).await {
+            tracing::debug!(writer = self.index, %error, "latest values could not be written yet");
+            self.store.disconnect();
+        }
+    }
+}
+
+/// An error with its causes, in one line.
+struct Chain<'a>(&'a dyn std::error::Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a batch is far smaller than 2^52")]
+fn count(n: usize) -> f64 {
+    n as f64
+}
+
+/// A writer's connection and what it remembers between batches.
+struct Store {
+    options: PgConnectOptions,
+    connection: Option<PgConnection>,
+    limits: Limits,
+    batch: Batch,
+    shapes: Shapes,
+    tracker: Tracker,
+}
+
+impl Store {
+    fn new(settings: &config::Ingest, options: PgConnectOptions) -> Self {
+        let limits = Limits {
+            max_readings: settings.max_readings,
+            max_metrics: settings.max_metrics,
+            max_ahead_ms: settings.max_ahead_ms,
+        };
+        Self {
+            options,
+            connection: None,
+            limits,
+            batch: Batch::new(),
+            shapes: Shapes::new(settings.max_shapes),
+            tracker: Tracker::new(settings.max_tracked_devices),
+        }
+    }
+
+    fn disconnect(&mut self) {
+        self.connection = None;
+    }
+
+    /// Decodes each message once; a retry commits the same rows under the same ids.
+    fn sort(&mut self, items: &[Item]) -> Sorted {
+        let mut sorted = Sorted::new(std::mem::take(&mut self.batch));
+        for item in items {
+            sorted.add(item, &self.limits);
+        }
+        sorted
+    }
+
+    /// One transaction for all of it; readings alone are one statement, which is its own transaction. Returns how
+    /// many readings were new.
+    async fn commit(&mut self, sorted: &mut Sorted) -> fleet_core::Result<u64> {
+        let connection = match &mut self.connection {
+            Some(connection) => connection,
+            None => self.connection.insert(PgConnection::connect_with(&self.options).await?),
+        };
+        telemetry::prepare(connection, &mut self.shapes, &mut sorted.batch).await?;
+        let stored = if sorted.changes.is_empty() && sorted.letters.is_empty() {
+            telemetry::insert_batch(connection, &sorted.batch).await?
+        } else {
+            let mut tx = connection.begin().await?;
+            let stored = telemetry::insert_batch(&mut tx, &sorted.batch).await?;
+            status::record(&mut tx, &sorted.changes).await?;
+            dead_letter::insert(&mut tx, &sorted.letters).await?;
+            tx.commit().await?;
+            stored
+        };
+        self.tracker.note(&sorted.batch);
+        self.tracker.note_changes(&sorted.changes);
+        Ok(stored)
+    }
+
+    /// Takes the columns back, so that the next batch need not allocate them.
+    fn reuse(&mut self, sorted: Sorted) {
+        self.batch = sorted.batch;
+    }
+
+    async fn flush(&mut self, metrics: &Metrics) -> fleet_core::Result<()> {
+        let Some(connection) = &mut self.connection else { return Ok(()) };
+        let flushed = self.tracker.flush(connection).await?;
+        metrics.untracked.inc_by(flushed.skipped);
+        metrics.metrics_dropped.inc_by(flushed.metrics_dropped);
+        Ok(())
+    }
+}
+
+/// A batch, sorted by what becomes of it.
+struct Sorted {
+    batch: Batch,
+    changes: Vec<Change>,
+    letters: Vec<DeadLetter>,
+    telemetry: u64,
+    status: u64,
+}
+
+impl Sorted {
+    fn new(mut batch: Batch) -> Self {
+        batch.clear();
+        Self { batch, changes: Vec::new(), letters: Vec::new(), telemetry: 0, status: 0 }
+    }
+
+    /// A message the database refuses, as the dead letter it becomes.
+    fn refused(item: &Item, refusal: &str) -> Self {
+        let mut sorted = Self::new(Batch::new());
+        if let Some(message) = item.message() {
+            let reason = format!("the database refused it: {refusal}");
+            sorted.put_aside(item, message, Rejected { reason, payload: message.publish.payload.to_vec() });
+        }
+        sorted
+    }
+
+    fn add(&mut self, item: &Item, limits: &Limits) {
+        let Sender { tenant, device, .. } = *item.sender;
+        match &item.what {
+            What::Seen(change) => self.changes.push(change.clone()),
+            What::Telemetry(message) => {
+                self.telemetry += 1;
+                let payload = &message.publish.payload;
+                for rejected in self.batch.push(tenant, device, payload, item.received_ms, limits) {
+                    self.put_aside(item, message, rejected);
+                }
+            }
+            What::Status(message) => {
+                self.status += 1;
+                let payload = &message.publish.payload;
+                // An empty retained message forgets the retained one (MQTT 5 §3.3.1.3); it reports nothing.
+                if payload.is_empty() {
+                    return;
+                }
+                match Change::decode(device, payload, item.received_ms) {
+                    Ok(change) => self.changes.push(change),
+                    Err(reason) => self.put_aside(item, message, Rejected { reason, payload: payload.to_vec() }),
+                }
+            }
+        }
+    }
+
+    fn put_aside(&mut self, item: &Item, message: &Message, rejected: Rejected) {
+        self.letters.push(DeadLetter {
+            id: DeadLetterId::new(),
+            tenant: item.sender.tenant,
+            device: item.sender.id.clone(),
+            topic: message.publish.topic.to_string(),
+            reason: rejected.reason,
+            payload: rejected.payload.into(),
+            received_ms: item.received_ms,
+        });
+    }
+
+    fn count(&self, stored: u64, metrics: &Metrics) {
+        metrics.committed.with_label_values(&["telemetry"]).inc_by(self.telemetry);
+        metrics.committed.with_label_values(&["status"]).inc_by(self.status);
+        metrics.dead_letters.inc_by(self.letters.len() as u64);
+        metrics.stored.inc_by(stored);
+        metrics.duplicates.inc_by((self.batch.len() as u64).saturating_sub(stored));
+    }
+}

@@ -1,0 +1,211 @@
+//! What the broker counts. Labels are closed sets; a device or topic is never a label.
+
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+
+use crate::wire::Reason;
+
+/// The broker's metrics; cloning shares them.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    /// Connections that are open and authenticated.
+    pub connections: IntGauge,
+    /// CONNECTs answered, by what they were answered.
+    pub connects: IntCounterVec,
+    /// Connections ended, by why.
+    pub disconnects: IntCounterVec,
+    /// PUBLISH packets received.
+    pub publishes: IntCounter,
+    /// PUBLISH packets sent.
+    pub deliveries: IntCounter,
+    /// QoS 1 messages acknowledged after their COMMIT.
+    pub acknowledged: IntCounter,
+    /// PUBLISH or SUBSCRIBE refused by the topic rules.
+    pub denied: IntCounterVec,
+    /// Subscriptions held.
+    pub subscriptions: IntGauge,
+    /// Retained messages held.
+    pub retained: IntGauge,
+    /// A bound was hit, by which.
+    pub limits: IntCounterVec,
+    /// Messages waiting for the writers.
+    pub queued: IntGauge,
+    /// Messages committed, by kind.
+    pub committed: IntCounterVec,
+    /// Readings stored for the first time.
+    pub stored: IntCounter,
+    /// Readings that were there already.
+    pub duplicates: IntCounter,
+    /// Payloads put aside because they could not be read.
+    pub dead_letters: IntCounter,
+    /// Messages a batch.
+    pub batch_size: Histogram,
+    /// From the first message of a batch to its COMMIT, in seconds.
+    pub commit_seconds: Histogram,
+    /// Commits that failed and were tried again.
+    pub retries: IntCounter,
+    /// Signs of life that found no room among the tracked devices.
+    pub untracked: IntCounter,
+    /// Newest values forgotten because a device has too many metrics.
+    pub metrics_dropped: IntCounter,
+}
+
+/// The bounds of the broker, as label values of `muster_mqtt_limit_hits_total`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Limit {
+    /// `mqtt.max_connections`
+    Connections,
+    /// `mqtt.max_packet_bytes`
+    PacketBytes,
+    /// `mqtt.receive_maximum`
+    ReceiveMaximum,
+    /// `mqtt.max_subscriptions`
+    Subscriptions,
+    /// `mqtt.outbox_messages` or `mqtt.outbox_bytes`, QoS 0: dropped
+    OutboxDropped,
+    /// `mqtt.outbox_messages` or `mqtt.outbox_bytes`, QoS 1: connection ended
+    OutboxFull,
+    /// `mqtt.max_retained`
+    Retained,
+    /// `mqtt.connect_timeout_ms`
+    ConnectTimeout,
+    /// `mqtt.packet_timeout_ms`
+    PacketTimeout,
+    /// `ingest.queue_messages` or `ingest.queue_bytes`: the socket was not read for a while
+    IngestQueue,
+    /// The client's own Maximum Packet Size: not sent
+    ClientPacketBytes,
+}
+
+impl Limit {
+    const ALL: [Self; 11] = [
+        Self::Connections,
+        Self::PacketBytes,
+        Self::ReceiveMaximum,
+        Self::Subscriptions,
+        Self::OutboxDropped,
+        Self::OutboxFull,
+        Self::Retained,
+        Self::ConnectTimeout,
+        Self::PacketTimeout,
+        Self::IngestQueue,
+        Self::ClientPacketBytes,
+    ];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Connections => "connections",
+            Self::PacketBytes => "packet_bytes",
+            Self::ReceiveMaximum => "receive_maximum",
+            Self::Subscriptions => "subscriptions",
+            Self::OutboxDropped => "outbox_dropped",
+            Self::OutboxFull => "outbox_full",
+            Self::Retained => "retained",
+            Self::ConnectTimeout => "connect_timeout",
+            Self::PacketTimeout => "packet_timeout",
+            Self::IngestQueue => "ingest_queue",
+            Self::ClientPacketBytes => "client_packet_bytes",
+        }
+    }
+}
+
+impl Metrics {
+    /// Makes and registers the metrics.
+    ///
+    /// # Errors
+    /// When a name is registered already.
+    pub fn new(registry: &Registry) -> prometheus::Result<Self> {
+        let metrics = Self {
+            connections: IntGauge::new("muster_mqtt_connections", "Open, authenticated MQTT connections")?,
+            connects: counters("muster_mqtt_connects_total", "CONNECTs answered, by reason", "reason")?,
+            disconnects: counters("muster_mqtt_disconnects_total", "Connections ended, by reason", "reason")?,
+            publishes: IntCounter::new("muster_mqtt_publishes_received_total", "PUBLISH packets received")?,
+            deliveries: IntCounter::new("muster_mqtt_publishes_sent_total", "PUBLISH packets sent")?,
+            acknowledged: IntCounter::new(
+                "muster_mqtt_acknowledged_total",
+                "Messages acknowledged after their COMMIT",
+            )?,
+            denied: counters("muster_mqtt_denied_total", "Refused by the topic rules, by action", "action")?,
+            subscriptions: IntGauge::new("muster_mqtt_subscriptions", "Subscriptions held")?,
+            retained: IntGauge::new("muster_mqtt_retained_messages", "Retained messages held")?,
+            limits: counters("muster_mqtt_limit_hits_total", "Times a bound was hit, by bound", "limit")?,
+            queued: IntGauge::new("muster_ingest_queue_messages", "Messages waiting for the writers")?,
+            committed: counters("muster_ingest_committed_total", "Messages committed, by kind", "kind")?,
+            stored: IntCounter::new("muster_ingest_readings_stored_total", "Readings stored for the first time")?,
+            duplicates: IntCounter::new("muster_ingest_readings_duplicate_total", "Readings that were stored already")?,
+            dead_letters: IntCounter::new("muster_ingest_dead_letters_total", "Payloads that could not be read")?,
+            batch_size: histogram("muster_ingest_batch_messages", "Messages a batch", &BATCH_BUCKETS)?,
+            commit_seconds: histogram(
+                "muster_ingest_commit_seconds",
+                "From the first message of a batch to its COMMIT",
+                &SECONDS_BUCKETS,
+            )?,
+            retries: IntCounter::new("muster_ingest_commit_retries_total", "Commits that failed and were tried again")?,
+            untracked: IntCounter::new(
+                "muster_ingest_untracked_total",
+                "Signs of life that found no room: ingest.max_tracked_devices was hit",
+            )?,
+            metrics_dropped: IntCounter::new(
+                "muster_ingest_latest_dropped_total",
+                "Newest values forgotten because a device has too many metrics",
+            )?,
+        };
+        metrics.register(registry)?;
+        metrics.show_every_label();
+        Ok(metrics)
+    }
+
+    fn register(&self, registry: &Registry) -> prometheus::Result<()> {
+        registry.register(Box::new(self.connections.clone()))?;
+        registry.register(Box::new(self.connects.clone()))?;
+        registry.register(Box::new(self.disconnects.clone()))?;
+        registry.register(Box::new(self.publishes.clone()))?;
+        registry.register(Box::new(self.deliveries.clone()))?;
+        registry.register(Box::new(self.acknowledged.clone()))?;
+        registry.register(Box::new(self.denied.clone()))?;
+        registry.register(Box::new(self.subscriptions.clone()))?;
+        registry.register(Box::new(self.retained.clone()))?;
+        registry.register(Box::new(self.limits.clone()))?;
+        registry.register(Box::new(self.queued.clone()))?;
+        registry.register(Box::new(self.committed.clone()))?;
+        registry.register(Box::new(self.stored.clone()))?;
+        registry.register(Box::new(self.duplicates.clone()))?;
+        registry.register(Box::new(self.dead_letters.clone()))?;
+        registry.register(Box::new(self.batch_size.clone()))?;
+        registry.register(Box::new(self.commit_seconds.clone()))?;
+        registry.register(Box::new(self.retries.clone()))?;
+        registry.register(Box::new(self.untracked.clone()))?;
+        registry.register(Box::new(self.metrics_dropped.clone()))
+    }
+
+    /// A bound that was never hit shows as 0 rather than not at all.
+    fn show_every_label(&self) {
+        for limit in Limit::ALL {
+            self.limits.with_label_values(&[limit.label()]);
+        }
+        for kind in ["telemetry", "status"] {
+            self.committed.with_label_values(&[kind]);
+        }
+        for action in ["connect", "publish", "subscribe"] {
+            self.denied.with_label_values(&[action]);
+        }
+        self.connects.with_label_values(&[Reason::Success.text()]);
+    }
+
+    /// Counts that a bound was hit.
+    pub(crate) fn hit(&self, limit: Limit) {
+        self.limits.with_label_values(&[limit.label()]).inc();
+    }
+}
+
+/// 1 to 10,000 messages.
+const BATCH_BUCKETS: [f64; 9] = [1.0, 4.0, 16.0, 64.0, 128.0, 256.0, 512.0, 1000.0, 10_000.0];
+/// 1 ms to 10 s.
+const SECONDS_BUCKETS: [f64; 12] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 10.0];
+
+fn counters(name: &str, help: &str, label: &str) -> prometheus::Result<IntCounterVec> {
+    IntCounterVec::new(Opts::new(name, help), &[label])
+}
+
+fn histogram(name: &str, help: &str, buckets: &[f64]) -> prometheus::Result<Histogram> {
+    Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))
+}

@@ -1,0 +1,117 @@
+//! A socket with what was read and not yet understood, and what is to be written and not yet taken.
+//!
+//! Holds: an idle connection keeps no buffer; reading takes 16 KiB at a time from one buffer a thread.
+//! Knows any byte stream, so that TLS and WebSocket need nothing new here.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// Bytes read at once.
+const READ_BYTES: usize = 16 * 1024;
+
+thread_local! {
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into_boxed_slice());
+}
+
+/// What happened on the socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Io {
+    /// Bytes came in.
+    Read,
+    /// Some of what was waiting went out.
+    Wrote,
+    /// The other side has closed.
+    Closed,
+}
+
+/// A byte stream and its two buffers.
+pub(crate) struct Stream<S> {
+    socket: S,
+    /// Read, not yet understood.
+    pub(crate) inbound: BytesMut,
+    /// To be written.
+    pub(crate) outbound: BytesMut,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
+    pub(crate) fn new(socket: S) -> Self {
+        Self { socket, inbound: BytesMut::new(), outbound: BytesMut::new() }
+    }
+
+    /// Waits until bytes come in (when `reading`) or waiting ones go out. Dropping the future loses nothing.
+    pub(crate) async fn ready(&mut self, reading: bool) -> io::Result<Io> {
+        poll_fn(|cx| {
+            if !self.outbound.is_empty() {
+                match self.poll_write(cx) {
+                    Poll::Ready(Ok(0)) => return Poll::Ready(Ok(Io::Closed)),
+                    Poll::Ready(Ok(_)) => return Poll::Ready(Ok(Io::Wrote)),
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                    Poll::Pending => {}
+                }
+            }
+            if reading { self.poll_read(cx) } else { Poll::Pending }
+        })
+        .await
+    }
+
+    /// Writes what the socket takes at once.
+    pub(crate) async fn write_some(&mut self) -> io::Result<()> {
+        poll_fn(|cx| {
+            while !self.outbound.is_empty() {
+                match self.poll_write(cx) {
+                    Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                    Poll::Ready(Ok(_)) => {}
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                    Poll::Pending => break,
+                }
+            }
+            Poll::Ready(Ok(()))
+        })
+        .await
+    }
+
+    /// Writes everything, then closes the sending half.
+    pub(crate) async fn finish(&mut self) -> io::Result<()> {
+        while !self.outbound.is_empty() {
+            if self.ready(false).await? == Io::Closed {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+        }
+        poll_fn(|cx| Pin::new(&mut self.socket).poll_flush(cx)).await?;
+        poll_fn(|cx| Pin::new(&mut self.socket).poll_shutdown(cx)).await
+    }
+
+    /// Gives an empty read buffer back.
+    pub(crate) fn release_inbound(&mut self) {
+        if self.inbound.is_empty() {
+            self.inbound = BytesMut::new();
+        }
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let written = std::task::ready!(Pin::new(&mut self.socket).poll_write(cx, &self.outbound))?;
+        self.outbound.advance(written);
+        if self.outbound.is_empty() {
+            self.outbound = BytesMut::new();
+        }
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Io>> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut read = ReadBuf::new(scratch);
+            std::task::ready!(Pin::new(&mut self.socket).poll_read(cx, &mut read))?;
+            if read.filled().is_empty() {
+                return Poll::Ready(Ok(Io::Closed));
+            }
+            self.inbound.extend_from_slice(read.filled());
+            Poll::Ready(Ok(Io::Read))
+        })
+    }
+}

@@ -86,7 +86,8 @@ impl fmt::Display for DeviceTopic<'_> {
 
 /// Whether `topic` may be published to: not empty, no wildcard, no U+0000 (MQTT 5 §4.7.1, §4.7.3), bounded in depth.
 pub fn is_valid_name(topic: &str) -> bool {
-    is_bounded(topic) && !topic.contains(['+', '#'])
+    // Bytes, not characters: this is asked of every message.
+    is_bounded(topic) && !topic.bytes().any(|byte| matches!(byte, b'+' | b'#'))
 }
 
 /// Whether `filter` may be subscribed to: wildcards stand alone in their level and `#` only at the end (MQTT 5 §4.7.1).

@@ -137,3 +137,76 @@ pub async fn page(
     };
     Ok(rows)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::fixture::NOW;
+    use crate::testing::TestDb;
+
+    fn letter(tenant: TenantKey, device: &str, nth: i64) -> DeadLetter {
+        DeadLetter {
+            id: DeadLetterId::new(),
+            tenant,
+            device: device.parse().unwrap(),
+            topic: format!("fleet/v1/main/{device}/telemetry"),
+            reason: format!("reason {nth}"),
+            payload: Bytes::from(vec![0, 255, b'x']),
+            received_ms: NOW + nth,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_letter_stored_twice_is_there_once_and_as_it_came() {
+        let db = TestDb::new().await;
+        let mut conn = db.pool().acquire().await.unwrap();
+        let one = letter(db.tenant(), "boiler-1", 1);
+        insert(&mut conn, &[one.clone(), one.clone()]).await.unwrap();
+        insert(&mut conn, std::slice::from_ref(&one)).await.unwrap();
+        insert(&mut conn, &[]).await.unwrap();
+        let kept = page(&mut conn, db.tenant(), None, None, 10).await.unwrap();
+        let expected = DeadLetterRow {
+            id: one.id,
+            device: "boiler-1".to_owned(),
+            topic: one.topic,
+            reason: one.reason,
+            payload: one.payload.to_vec(),
+            received_at: from_ms(NOW + 1),
+        };
+        assert_eq!(kept, [expected]);
+    }
+
+    #[tokio::test]
+    async fn no_letter_is_too_strange_to_keep() {
+        let db = TestDb::new().await;
+        let mut conn = db.pool().acquire().await.unwrap();
+        let mut strange = letter(db.tenant(), "boiler-1", 1);
+        strange.topic = "a\0b".to_owned();
+        strange.reason = format!("{}\0", "ä".repeat(MAX_REASON_BYTES));
+        let orphan = letter(TenantKey(999), "boiler-1", 1);
+        insert(&mut conn, &[strange, orphan]).await.unwrap();
+        let kept = page(&mut conn, db.tenant(), None, None, 10).await.unwrap();
+        assert_eq!((kept.len(), kept[0].topic.as_str(), kept[0].reason.len()), (1, "a\u{fffd}b", MAX_REASON_BYTES));
+    }
+
+    #[tokio::test]
+    async fn pages_run_from_the_newest_to_the_oldest() {
+        let db = TestDb::new().await;
+        let mut conn = db.pool().acquire().await.unwrap();
+        let letters: Vec<_> =
+            (0..10).map(|nth| letter(db.tenant(), if nth % 2 == 0 { "even" } else { "odd" }, nth)).collect();
+        insert(&mut conn, &letters).await.unwrap();
+        let even = "even".parse().unwrap();
+        for (device, expected) in [(None, (0..10).rev().collect::<Vec<_>>()), (Some(&even), vec![8, 6, 4, 2, 0])] {
+            let (mut seen, mut before) = (Vec::new(), None);
+            loop {
+                let found = page(&mut conn, db.tenant(), device, before, 3).await.unwrap();
+                assert!(found.len() <= 3);
+                let Some(last) = found.last() else { break };
+                before = Some(last.id);
+                seen.extend(found.iter().map(|row| row.received_at.timestamp_millis() - NOW));
+            }
+            assert_eq!(seen, expected);
+        }
+    }
+}

@@ -6,6 +6,9 @@
 //! restarts the sequence numbers in the same statement that keeps it.
 //! Ignorant of: MQTT, HTTP, users.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};

@@ -60,10 +60,21 @@ pub struct Flushed {
     pub metrics_dropped: u64,
 }
 
+/// How much of what the database knows of a device is held.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    /// Only what came since; the state must be read before it is written.
+    #[default]
+    Nothing,
+    /// All but the sequence numbers committed after their state was written, which wait for one to tell them by.
+    State,
+    /// All.
+    All,
+}
+
 #[derive(Debug, Default)]
 struct Device {
-    /// Whether what the database knows is in here. Before, here is only what came since.
-    loaded: bool,
+    known: Known,
     dirty: bool,
     values_changed: bool,
     round: u64,
@@ -88,10 +99,11 @@ impl Device {
         if row.seq < 0 {
             return;
         }
-        if self.loaded {
+        if self.known == Known::All {
             self.sequence.note(row.seq, row.ts_ms);
             return;
         }
+        self.known = Known::Nothing;
         let runs = self.pending.len();
         match self.pending.last_mut() {
             Some((_, last, ts_ms)) if *last == row.seq - 1 => (*last, *ts_ms) = (row.seq, row.ts_ms),
@@ -102,11 +114,12 @@ impl Device {
 
     /// A birth: numbering begins anew if it is another run.
     fn boot(&mut self, boot_id: &str) {
-        if !self.loaded {
+        if self.known == Known::Nothing {
             self.pending.clear();
         } else if self.boot_id.as_deref() != Some(boot_id) {
             self.boot_id = Some(boot_id.into());
             self.sequence = Sequence::default();
+            self.known = Known::All;
         }
     }
 }
@@ -193,7 +206,7 @@ impl Tracker {
         let before = self.devices.len();
         let round = self.round;
         self.devices.retain(|_, device| device.dirty || device.round + 1 >= round);
-        if self.devices.len() > self.max_devices - self.max_devices / 8 {
+        if self.devices.len() * 8 > self.max_devices * 7 {
             self.devices.retain(|_, device| device.dirty);
         }
         self.evicted += (before - self.devices.len()) as u64;
@@ -229,8 +242,11 @@ impl Tracker {
     /// Reads what the database knows of the devices that were not read yet, and what was committed since that was
     /// written.
     async fn load(&mut self, db: &mut PgConnection, keys: &[DeviceKey]) -> Result<u64> {
-        let wanted: Vec<i64> =
-            keys.iter().filter(|key| self.devices.get(key).is_some_and(|held| !held.loaded)).map(|key| key.0).collect();
+        let wanted: Vec<i64> = keys
+            .iter()
+            .filter(|key| self.devices.get(key).is_some_and(|held| held.known == Known::Nothing))
+            .map(|key| key.0)
+            .collect();
         if wanted.is_empty() {
             return Ok(0);
         }
@@ -290,6 +306,12 @@ impl Stored {
     }
 
     fn give_to(mut self, device: &mut Device) {
+        // The numbers that came now tell where this run is; higher ones that lie about are of another run, with a
+        // clock that was set back since. Without one there is nothing to tell by, and catching up waits for it.
+        let highest = device.pending.iter().map(|(_, last, _)| *last).max();
+        let told = highest.is_some() || self.sequence.last.is_none();
+        device.known = if told { Known::All } else { Known::State };
+        self.since.retain(|(seq, _)| Some(*seq) <= highest);
         self.since.sort_unstable();
         for (seq, ts_ms) in self.since {
             self.sequence.note(seq, ts_ms);
@@ -302,7 +324,6 @@ impl Stored {
         device.values_changed = true;
         device.sequence = self.sequence;
         device.boot_id = self.boot_id;
-        device.loaded = true;
     }
 }
 

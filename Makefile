@@ -1,0 +1,68 @@
+# Two commands on a fresh machine: `make demo` and `make test`. `make` lists them all.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# SQL is checked against .sqlx/; `make prepare` brings that up to date.
+export SQLX_OFFLINE ?= true
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+
+.PHONY: help
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: setup-demo ## Start the server on its embedded PostgreSQL with 100 simulated devices; Ctrl-C stops it
+	cargo build --release --locked
+	@exec $(TARGET)/release/muster demo
+
+.PHONY: test
+test: setup ## Run all tests, on a PostgreSQL of their own
+	cargo nextest run --locked --workspace --no-run
+	$(TARGET)/debug/with-postgres -- cargo nextest run --locked --workspace
+
+.PHONY: check
+check: setup ## Format, lints, SQL, documentation, fuzz targets: what must hold before a commit
+	cargo fmt --all --check
+	scripts/sql.sh check
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --quiet
+	cargo build --locked --quiet --manifest-path broker/fuzz/Cargo.toml
+	@if command -v cargo-deny >/dev/null; then cargo deny --locked check bans licenses sources; fi
+
+.PHONY: build
+build: setup-demo ## The release binary: target/release/muster
+	cargo build --release --locked
+
+.PHONY: prepare
+prepare: setup ## Check all SQL against the migrations and renew .sqlx/
+	scripts/sql.sh prepare
+
+.PHONY: openapi
+openapi: ## Write the API's description to docs/reference/openapi.json
+	@mkdir -p docs/reference
+	cargo run --locked --quiet -- openapi > $(TARGET)/openapi.json
+	@mv $(TARGET)/openapi.json docs/reference/openapi.json
+
+.PHONY: bench
+bench: setup ## Measure beside mosquitto, rumqttd and psql; writes docs/benchmarks.md (half an hour)
+	cargo build --release --locked
+	cargo run --release --locked --manifest-path bench/Cargo.toml
+
+.PHONY: soak
+soak: setup ## The crash drill for long: kill server and PostgreSQL again and again under load
+	cargo nextest run --locked --workspace --no-run
+	$(TARGET)/debug/with-postgres -- cargo nextest run --locked --workspace --profile soak --run-ignored only
+
+.PHONY: fuzz
+fuzz: setup ## Attack the decoder until Ctrl-C (nightly Rust)
+	cd broker/fuzz && cargo +nightly run --release --locked --bin decode -- corpus/decode
+
+.PHONY: setup
+setup: ## Install what tests and checks need, where that is allowed
+	@scripts/setup.sh test
+
+.PHONY: setup-demo
+setup-demo: ## Install what the product needs
+	@scripts/setup.sh demo

@@ -1,7 +1,7 @@
 //! The state of a device: online, sleeping, offline or lost, since when and why.
 //!
 //! What a device says of itself ([`Change::decode`]) and what the broker saw ([`Change::connected`] …) enter by
-//! [`record`], in the order they happened; [`get`] tells what is known.
+//! [`record`], in the order they happened; [`get`] and [`of`] tell what is known.
 //! Holds: a device that said it would sleep or go offline is not called lost when its connection ends. A new `boot_id`
 //! restarts the sequence numbers in the same statement that keeps it.
 //! Ignorant of: MQTT, HTTP, users.
@@ -9,7 +9,7 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -368,28 +368,42 @@ pub struct Gaps {
 
 /// What is known of the device; `None` before its first sign of life.
 pub async fn get(db: &mut PgConnection, device: DeviceKey) -> Result<Option<DeviceStatus>> {
-    let row = sqlx::query!(
+    Ok(of(db, &[device]).await?.remove(&device))
+}
+
+/// What is known of each of some devices; those that gave no sign of life yet are left out.
+pub async fn of(db: &mut PgConnection, devices: &[DeviceKey]) -> Result<HashMap<DeviceKey, DeviceStatus>> {
+    let keys: Vec<i64> = devices.iter().map(|device| device.0).collect();
+    let rows = sqlx::query!(
         r#"
-        select state as "state: State", state_since, sleeping_until, reason, last_seen_at, boot_id, firmware, last_seq,
-               missing, missing_ranges as "missing_ranges: Json<Vec<(i64, i64)>>", received, clamped
-          from device_status where device_key = $1
+        select device_key as "device_key: DeviceKey", state as "state: State", state_since, sleeping_until, reason,
+               last_seen_at, boot_id, firmware, last_seq, missing,
+               missing_ranges as "missing_ranges: Json<Vec<(i64, i64)>>", received, clamped
+          from device_status where device_key = any($1)
         "#,
-        device.0,
+        &keys,
     )
-    .fetch_optional(db)
+    .fetch_all(db)
     .await?;
-    Ok(row.map(|row| DeviceStatus {
-        state: row.state,
-        state_since: row.state_since,
-        sleeping_until: row.sleeping_until,
-        reason: row.reason,
-        last_seen_at: row.last_seen_at,
-        boot_id: row.boot_id,
-        firmware: row.firmware,
-        sequence: Gaps { last_seq: row.last_seq, missing: row.missing, missing_ranges: row.missing_ranges.0 },
-        received: row.received,
-        clamped: row.clamped,
-    }))
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let sequence = Gaps { last_seq: row.last_seq, missing: row.missing, missing_ranges: row.missing_ranges.0 };
+            let status = DeviceStatus {
+                state: row.state,
+                state_since: row.state_since,
+                sleeping_until: row.sleeping_until,
+                reason: row.reason,
+                last_seen_at: row.last_seen_at,
+                boot_id: row.boot_id,
+                firmware: row.firmware,
+                sequence,
+                received: row.received,
+                clamped: row.clamped,
+            };
+            (row.device_key, status)
+        })
+        .collect())
 }
 
 /// Calls lost whoever was online; for the start of the server, when it knows that nobody is connected.

@@ -1,1 +1,89 @@
-//! api
+//! The HTTP door: REST for operators and programs, metrics for Prometheus, documentation for both.
+//!
+//! [`router`] is every route of the system. A handler's arguments say who may call it (`extract.rs`); what goes wrong
+//! becomes a problem in `problem.rs`; `door.rs` is what happens to every request around its handler.
+//! Ignorant of: MQTT, SQL.
+
+use axum::Router;
+use axum::routing::get;
+use utoipa::OpenApi;
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+mod door;
+mod extract;
+mod metrics;
+mod page;
+mod problem;
+mod routes;
+mod state;
+mod time;
+
+pub use state::{App, Health};
+
+use routes::{auth, credentials, dead_letters, devices, docs, operations, telemetry};
+
+/// Every route of the HTTP door, on one screen.
+fn documented() -> OpenApiRouter<App> {
+    OpenApiRouter::with_openapi(Description::openapi())
+        .routes(routes!(auth::login))
+        .routes(routes!(auth::me))
+        .routes(routes!(devices::enrol, devices::list))
+        .routes(routes!(devices::read, devices::change, devices::delete))
+        .routes(routes!(credentials::issue, credentials::list))
+        .routes(routes!(credentials::rotate))
+        .routes(routes!(credentials::revoke))
+        .routes(routes!(telemetry::series))
+        .routes(routes!(telemetry::latest))
+        .routes(routes!(dead_letters::list))
+        .routes(routes!(docs::openapi))
+        .routes(routes!(operations::healthz))
+        .routes(routes!(operations::readyz))
+        .routes(routes!(operations::metrics))
+}
+
+/// Pages for people, which are no part of the API.
+fn pages() -> Router<App> {
+    Router::new()
+        .route("/", get(docs::home))
+        .route("/docs", get(docs::home))
+        .route("/docs/", get(docs::index))
+        .route("/docs/{*file}", get(docs::file))
+}
+
+/// The HTTP door of `app`.
+pub fn router(app: App) -> Router {
+    let (routes, _) = documented().split_for_parts();
+    door::guard(routes.merge(pages()), app)
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Muster",
+        description = "Fleet management for devices that speak MQTT. Errors are problem details (RFC 9457); lists are pages: \
+                       send a page's next_cursor as cursor to get the next; times are RFC 3339 in UTC.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    tags(
+        (name = "auth", description = "Logging in"),
+        (name = "devices", description = "What the fleet is made of"),
+        (name = "credentials", description = "By which devices prove who they are"),
+        (name = "telemetry", description = "What devices say about themselves"),
+        (name = "dead-letters", description = "Payloads that could not be read"),
+        (name = "operations", description = "For those who run the server"),
+    )
+)]
+struct Description;
+
+/// The OpenAPI 3.1 document of [`router`], as JSON; the same bytes as `api/openapi.json`.
+pub fn openapi_json() -> String {
+    let mut document = documented().into_openapi();
+    let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("JWT").build();
+    document.components.get_or_insert_default().add_security_scheme("bearer", SecurityScheme::Http(bearer));
+    document.security = Some(vec![SecurityRequirement::new("bearer", Vec::<String>::new())]);
+    let mut json = document.to_pretty_json().expect("the document is plain data");
+    json.push('\n');
+    json
+}

@@ -1,0 +1,165 @@
+//! What happens to every request before and after its handler: it gets an id, a span, a deadline and a bounded body; its
+//! answer gets that id, security headers, a number in the metrics and, where it failed, a problem for a body.
+
+use std::any::Any;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use tower_http::catch_panic::CatchPanicLayer;
+use tracing::{Instrument, Span};
+use uuid::Uuid;
+
+use crate::problem::{self, Problem};
+use crate::state::App;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Longest request id that is taken from a caller, in bytes; a longer one is replaced.
+const MAX_REQUEST_ID_BYTES: usize = 128;
+
+const CSP_NOTHING: HeaderValue = HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'");
+const CSP_DOCS: HeaderValue = HeaderValue::from_static(
+    "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'",
+);
+
+/// Puts the door in front of `routes`.
+pub(crate) fn guard(routes: Router<App>, app: App) -> Router {
+    let panicked = |payload: Box<dyn Any + Send>| Problem::panicked(&*payload).into_response();
+    routes
+        .fallback(|| async { StatusCode::NOT_FOUND })
+        .layer(DefaultBodyLimit::max(app.http.max_body_bytes))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn_with_state(app.clone(), enter))
+        .with_state(app)
+}
+
+async fn enter(State(app): State<App>, request: Request, next: Next) -> Response {
+    let begun = Instant::now();
+    let id = request_id(request.headers());
+    let method = method(request.method());
+    let route = request.extensions().get::<MatchedPath>().map_or("unmatched".into(), |path| path.as_str().to_owned());
+    let span = tracing::info_span!("http.request", method, route, request.id = id, status = tracing::field::Empty);
+    let uri = request.uri().clone();
+    let within = Duration::from_millis(app.http.request_timeout_ms);
+    let answered = async {
+        let response = in_time(within, next.run(request)).await;
+        let response = with_problem(response, uri.path(), &id, &app);
+        Span::current().record("status", response.status().as_u16());
+        tracing::debug!("answered");
+        response
+    };
+    let mut response = answered.instrument(span).await;
+    set_headers(response.headers_mut(), &uri, &id);
+    app.metrics.requests.with_label_values(&[method, &route, response.status().as_str()]).inc();
+    app.metrics.seconds.with_label_values(&[&route]).observe(begun.elapsed().as_secs_f64());
+    response
+}
+
+/// The caller's own id, when it is fit for headers and logs, else a new one.
+fn request_id(headers: &HeaderMap) -> String {
+    let fit = |id: &&str| {
+        (1..=MAX_REQUEST_ID_BYTES).contains(&id.len())
+            && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-:/+=".contains(&b))
+    };
+    let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(fit);
+    given.map_or_else(|| Uuid::now_v7().simple().to_string(), str::to_owned)
+}
+
+/// Any word may stand for a method, so those nobody uses share a label.
+fn method(method: &Method) -> &'static str {
+    match method.as_str() {
+        "GET" => "GET",
+        "HEAD" => "HEAD",
+        "POST" => "POST",
+        "PUT" => "PUT",
+        "PATCH" => "PATCH",
+        "DELETE" => "DELETE",
+        "OPTIONS" => "OPTIONS",
+        _ => "other",
+    }
+}
+
+async fn in_time(within: Duration, answer: impl Future<Output = Response>) -> Response {
+    let late = || {
+        let detail = format!("no answer within {} ms", within.as_millis());
+        Problem::new(503, "timeout", detail).into_response()
+    };
+    tokio::time::timeout(within, answer).await.unwrap_or_else(|_| late())
+}
+
+/// Writes the body of a problem; an error without a body of its own becomes one.
+fn with_problem(mut response: Response, path: &str, id: &str, app: &App) -> Response {
+    let bare = response.status().is_client_error() || response.status().is_server_error();
+    let bare = bare && !is_json(response.headers());
+    let told = response.extensions_mut().remove::<Problem>();
+    let Some(problem) = told.or_else(|| bare.then(|| Problem::of_status(response.status()))) else { return response };
+    app.metrics.problems.with_label_values(&[problem.kind]).inc();
+    let body = serde_json::to_vec(&problem.document(path, id)).unwrap_or_default();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(problem::MEDIA_TYPE));
+    headers.remove(header::CONTENT_LENGTH);
+    *response.body_mut() = Body::from(body);
+    response
+}
+
+fn is_json(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/"))
+}
+
+fn set_headers(headers: &mut HeaderMap, uri: &Uri, id: &str) {
+    if let Ok(id) = HeaderValue::from_str(id) {
+        headers.insert(REQUEST_ID, id);
+    }
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(header::X_FRAME_OPTIONS, HeaderValue::from_static("DENY"));
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    let docs = uri.path().starts_with("/docs");
+    headers.entry(header::CONTENT_SECURITY_POLICY).or_insert(if docs { CSP_DOCS } else { CSP_NOTHING });
+    if uri.path().starts_with("/api/") {
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use axum::routing::get;
+    use fleet_core::clock::Clock;
+    use fleet_core::config::{Config, Environment};
+    use fleet_core::testing::TestDb;
+    use fleet_core::token::Keys;
+    use prometheus::Registry;
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::Health;
+
+    async fn app(db: &TestDb) -> App {
+        let config = Config::from_sources(&Environment::default(), Some(std::collections::HashMap::new())).unwrap();
+        let mut conn = db.pool().acquire().await.unwrap();
+        let keys = Arc::new(Keys::load(&mut conn, Clock::system(), 900).await.unwrap());
+        let (pool, registry) = (db.pool().clone(), Registry::new());
+        App::new(pool, Clock::system(), keys, registry, config.http, config.auth, Health::new()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_handler_that_panics_hurts_its_own_request_only() {
+        let db = TestDb::new().await;
+        let panics = || async { if true { panic!("a secret") } else { "never" } };
+        let behind = Router::new().route("/panics", get(panics)).route("/fine", get(|| async { "fine" }));
+        let router = guard(behind, app(&db).await);
+        for (path, status) in [("/panics", 500), ("/fine", 200)] {
+            let response = router.clone().oneshot(Request::get(path).body(Body::empty()).unwrap()).await.unwrap();
+            assert_eq!(response.status().as_u16(), status);
+            let body = axum::body::to_bytes(response.into_body(), usize::MAX).await.unwrap();
+            let body = String::from_utf8_lossy(&body);
+            assert!(!body.contains("a secret"), "{body}");
+            assert_eq!(body.contains("urn:muster:problem:internal"), status == 500, "{body}");
+        }
+    }
+}

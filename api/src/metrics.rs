@@ -1,0 +1,62 @@
+//! The metrics of the HTTP door. Labels are closed: a route is the pattern that matched, never the path that was asked.
+
+use prometheus::process_collector::ProcessCollector;
+use prometheus::{HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry};
+
+use crate::problem::BOUNDS;
+
+#[derive(Clone)]
+pub(crate) struct Metrics {
+    pub(crate) requests: IntCounterVec,
+    pub(crate) seconds: HistogramVec,
+    pub(crate) problems: IntCounterVec,
+    pub(crate) pages_clamped: IntCounter,
+    pub(crate) logins_busy: IntCounter,
+    pub(crate) connections: IntGaugeVec,
+}
+
+impl Metrics {
+    pub(crate) fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let counters = |name, help, labels: &[&str]| IntCounterVec::new(Opts::new(name, help), labels);
+        let metrics = Self {
+            requests: counters(
+                "muster_http_requests_total",
+                "Requests answered, by method, route and status.",
+                &["method", "route", "status"],
+            )?,
+            seconds: HistogramVec::new(
+                HistogramOpts::new("muster_http_request_seconds", "Time to answer a request, by route."),
+                &["route"],
+            )?,
+            problems: counters(
+                "muster_http_problems_total",
+                "Requests answered with a problem, by its type; a bound that is hit has a type of its own.",
+                &["type"],
+            )?,
+            pages_clamped: IntCounter::new(
+                "muster_http_page_limit_clamped_total",
+                "Lists asked for with a limit above the largest page.",
+            )?,
+            logins_busy: IntCounter::new(
+                "muster_logins_busy_total",
+                "Logins refused because too many passwords were being checked.",
+            )?,
+            connections: IntGaugeVec::new(
+                Opts::new("muster_database_pool_connections", "Connections of the pool, by state."),
+                &["state"],
+            )?,
+        };
+        // Present from the start, so that an alert on a bound has something to compare with.
+        for bound in BOUNDS {
+            metrics.problems.with_label_values(&[bound]);
+        }
+        registry.register(Box::new(metrics.requests.clone()))?;
+        registry.register(Box::new(metrics.seconds.clone()))?;
+        registry.register(Box::new(metrics.problems.clone()))?;
+        registry.register(Box::new(metrics.pages_clamped.clone()))?;
+        registry.register(Box::new(metrics.logins_busy.clone()))?;
+        registry.register(Box::new(metrics.connections.clone()))?;
+        registry.register(Box::new(ProcessCollector::for_self()))?;
+        Ok(metrics)
+    }
+}

@@ -1,0 +1,9 @@
+//! The handlers, one file a noun of `fleet_core`.
+
+pub(crate) mod auth;
+pub(crate) mod credentials;
+pub(crate) mod dead_letters;
+pub(crate) mod devices;
+pub(crate) mod docs;
+pub(crate) mod operations;
+pub(crate) mod telemetry;

@@ -1,0 +1,218 @@
+//! The secrets of a device.
+
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use chrono::{DateTime, Utc};
+use fleet_core::credential::{self, Credential, Issued};
+use fleet_core::id::{CredentialId, DeviceId};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::extract::{Can, CredentialsManage, Json, MaybeJson, Once, Path, Replayed};
+use crate::page::Page;
+use crate::problem::{Document, Problem};
+use crate::state::App;
+use crate::time;
+
+/// A credential that was just issued. The password is shown this once.
+#[derive(Serialize, ToSchema)]
+#[schema(as = NewCredential)]
+pub(crate) struct NewCredentialBody {
+    /// The credential's id.
+    #[schema(value_type = String, example = "crd_019360f0c7f97d2a8b3c5d6e7f809a1b")]
+    id: CredentialId,
+    /// The MQTT user name.
+    #[schema(example = "main/boiler-1")]
+    username: String,
+    /// The MQTT password; null when the request is a repetition of an earlier one.
+    password: Option<String>,
+    /// When it was issued.
+    #[serde(serialize_with = "time::serialize")]
+    created_at: DateTime<Utc>,
+    /// It is refused from then on; null: never.
+    #[serde(serialize_with = "time::serialize_maybe")]
+    expires_at: Option<DateTime<Utc>>,
+}
+
+impl NewCredentialBody {
+    pub(crate) fn new(issued: Issued) -> Self {
+        let Issued { id, username, password, created_at, expires_at } = issued;
+        Self { id, username, password: Some(password.expose().to_owned()), created_at, expires_at }
+    }
+
+    /// Takes the secret out, for what is kept, and gives it back for what is sent.
+    pub(crate) fn take_password(&mut self) -> Option<String> {
+        self.password.take()
+    }
+
+    pub(crate) fn put_password(&mut self, password: Option<String>) {
+        self.password = password;
+    }
+}
+
+/// A credential without its secret.
+#[derive(Serialize, ToSchema)]
+#[schema(as = Credential)]
+pub(crate) struct CredentialBody {
+    /// The credential's id.
+    #[schema(value_type = String, example = "crd_019360f0c7f97d2a8b3c5d6e7f809a1b")]
+    id: CredentialId,
+    /// Whether it is accepted now, provided that the device is not disabled.
+    valid: bool,
+    /// When it was issued.
+    #[serde(serialize_with = "time::serialize")]
+    created_at: DateTime<Utc>,
+    /// It is refused from then on; null: never.
+    #[serde(serialize_with = "time::serialize_maybe")]
+    expires_at: Option<DateTime<Utc>>,
+    /// When it was revoked.
+    #[serde(serialize_with = "time::serialize_maybe")]
+    revoked_at: Option<DateTime<Utc>>,
+}
+
+impl CredentialBody {
+    fn new(credential: &Credential, now: DateTime<Utc>) -> Self {
+        let Credential { id, created_at, expires_at, revoked_at } = *credential;
+        Self { id, valid: credential.is_valid(now), created_at, expires_at, revoked_at }
+    }
+}
+
+/// List a device's credentials
+///
+/// Newest first: the valid ones, and the last 20 that ended.
+#[utoipa::path(
+    get, path = "/api/v1/devices/{id}/credentials", tag = "credentials",
+    params(("id" = String, Path, description = "The device's id")), security(("bearer" = ["credentials:manage"])),
+    responses((status = 200, description = "All of them, on one page.", body = Page<CredentialBody>))
+)]
+pub(crate) async fn list(
+    State(app): State<App>,
+    caller: Can<CredentialsManage>,
+    Path(id): Path<DeviceId>,
+) -> Result<Json<Page<CredentialBody>>, Problem> {
+    let now = app.clock.now();
+    let credentials = credential::list(&mut *app.db.acquire().await?, caller.tenant, &id).await?;
+    Ok(Json(Page::whole(credentials.iter().map(|one| CredentialBody::new(one, now)).collect())))
+}
+
+/// There is nothing to say about a new credential.
+#[derive(Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Issue {}
+
+/// Issue a further credential
+///
+/// At most two of a device are valid at once; a third is refused.
+#[utoipa::path(
+    post, path = "/api/v1/devices/{id}/credentials", tag = "credentials", request_body = Option<Issue>,
+    params(
+        ("id" = String, Path, description = "The device's id"),
+        ("Idempotency-Key" = Option<String>, Header, description = "Makes it safe to send the request again"),
+    ),
+    security(("bearer" = ["credentials:manage"])),
+    responses(
+        (status = 201, description = "It was issued. The password is shown this once.", body = NewCredentialBody),
+        (status = 409, description = "Two are valid already.", body = Document, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn issue(
+    State(app): State<App>,
+    caller: Can<CredentialsManage>,
+    Path(id): Path<DeviceId>,
+    once: Once,
+    MaybeJson(request): MaybeJson<Issue>,
+) -> Result<Response, Problem> {
+    let mut tx = app.db.begin().await?;
+    let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
+        Ok(taken) => taken,
+        Err(replayed) => return Ok(repeated(&id, replayed)),
+    };
+    let issued = credential::issue(&mut tx, caller.tenant, &id, app.clock.now()).await?;
+    let mut body = NewCredentialBody::new(issued);
+    let password = body.take_password();
+    taken.finish(&mut tx, StatusCode::CREATED, &body).await?;
+    tx.commit().await?;
+    body.put_password(password);
+    Ok(created(&id, body))
+}
+
+/// How to rotate.
+#[derive(Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Rotate {
+    /// How long the credential in use stays valid beside the new one, in seconds; 0 ends it at once.
+    /// Left out: what the server's settings say, a day by default.
+    #[schema(example = 3600, maximum = 31_622_400)]
+    overlap_s: Option<u64>,
+}
+
+/// Rotate: issue a new credential and end the others
+///
+/// The newest of the others stays valid during the overlap; an older one ends at once.
+#[utoipa::path(
+    post, path = "/api/v1/devices/{id}/credentials/rotate", tag = "credentials", request_body = Option<Rotate>,
+    params(
+        ("id" = String, Path, description = "The device's id"),
+        ("Idempotency-Key" = Option<String>, Header, description = "Makes it safe to send the request again"),
+    ),
+    security(("bearer" = ["credentials:manage"])),
+    responses((status = 201, description = "It was issued. The password is shown this once.", body = NewCredentialBody))
+)]
+pub(crate) async fn rotate(
+    State(app): State<App>,
+    caller: Can<CredentialsManage>,
+    Path(id): Path<DeviceId>,
+    once: Once,
+    MaybeJson(request): MaybeJson<Rotate>,
+) -> Result<Response, Problem> {
+    let mut tx = app.db.begin().await?;
+    let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
+        Ok(taken) => taken,
+        Err(replayed) => return Ok(repeated(&id, replayed)),
+    };
+    let overlap_s = request.overlap_s.unwrap_or(app.auth.rotation_overlap_s);
+    let issued = credential::rotate(&mut tx, caller.tenant, &id, overlap_s, app.clock.now()).await?;
+    let mut body = NewCredentialBody::new(issued);
+    let password = body.take_password();
+    taken.finish(&mut tx, StatusCode::CREATED, &body).await?;
+    tx.commit().await?;
+    body.put_password(password);
+    Ok(created(&id, body))
+}
+
+/// Revoke a credential
+///
+/// It is refused from now on. Revoking it again changes nothing.
+#[utoipa::path(
+    delete, path = "/api/v1/devices/{id}/credentials/{credential_id}", tag = "credentials",
+    params(
+        ("id" = String, Path, description = "The device's id"),
+        ("credential_id" = String, Path, description = "The credential's id"),
+    ),
+    security(("bearer" = ["credentials:manage"])),
+    responses(
+        (status = 204, description = "It is revoked."),
+        (status = 404, description = "There is no such device, or no such credential of it.", body = Document, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn revoke(
+    State(app): State<App>,
+    caller: Can<CredentialsManage>,
+    Path((id, credential)): Path<(DeviceId, CredentialId)>,
+) -> Result<StatusCode, Problem> {
+    let mut tx = app.db.begin().await?;
+    credential::revoke(&mut tx, caller.tenant, &id, credential, app.clock.now()).await?;
+    tx.commit().await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+fn created(device: &DeviceId, body: NewCredentialBody) -> Response {
+    let location = format!("/api/v1/devices/{device}/credentials/{}", body.id);
+    (StatusCode::CREATED, [(header::LOCATION, location)], Json(body)).into_response()
+}
+
+fn repeated(device: &DeviceId, replayed: Replayed) -> Response {
+    let location = format!("/api/v1/devices/{device}/credentials/{}", replayed.text("/id"));
+    ([(header::LOCATION, location)], replayed).into_response()
+}

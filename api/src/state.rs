@@ -1,0 +1,101 @@
+//! What every handler is given: [`App`], made once in `main`. No globals, so ten fleets can run in one test process.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fleet_core::clock::Clock;
+use fleet_core::config::{Auth, Http};
+use fleet_core::token::Keys;
+use fleet_core::user::Logins;
+use prometheus::Registry;
+use sqlx::PgPool;
+
+use crate::metrics::Metrics;
+
+/// A check that has not answered by then counts as failed.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The HTTP door's share of the program; cheap to clone.
+#[derive(Clone)]
+pub struct App {
+    pub(crate) db: PgPool,
+    pub(crate) clock: Clock,
+    pub(crate) keys: Arc<Keys>,
+    pub(crate) logins: Logins,
+    pub(crate) registry: Registry,
+    pub(crate) metrics: Metrics,
+    pub(crate) health: Health,
+    pub(crate) http: Arc<Http>,
+    pub(crate) auth: Arc<Auth>,
+}
+
+impl App {
+    /// Registers its metrics in `registry`, which `/metrics` prints as a whole.
+    ///
+    /// # Errors
+    /// When a metric of the same name is registered already.
+    pub fn new(
+        db: PgPool,
+        clock: Clock,
+        keys: Arc<Keys>,
+        registry: Registry,
+        http: Http,
+        auth: Auth,
+        health: Health,
+    ) -> Result<Self, prometheus::Error> {
+        let metrics = Metrics::register(&registry)?;
+        let logins = Logins::new(auth.login_concurrency);
+        let (http, auth) = (Arc::new(http), Arc::new(auth));
+        Ok(Self { db, clock, keys, logins, registry, metrics, health, http, auth })
+    }
+}
+
+type Answer = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
+type Check = Arc<dyn Fn() -> Answer + Send + Sync>;
+
+/// What must hold for the server to be of use, each under its name. The database is always among it.
+#[derive(Clone, Default)]
+pub struct Health {
+    checks: Vec<(&'static str, Check)>,
+}
+
+impl fmt::Debug for Health {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.checks.iter().map(|(name, _)| name)).finish()
+    }
+}
+
+impl Health {
+    /// Nothing but the database.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a check: `Err` says in a few words, without secrets, why it does not hold. It has two seconds to answer.
+    #[must_use]
+    pub fn with<F, A>(mut self, name: &'static str, check: F) -> Self
+    where
+        F: Fn() -> A + Send + Sync + 'static,
+        A: Future<Output = Result<(), String>> + Send + 'static,
+    {
+        self.checks.push((name, Arc::new(move || Box::pin(check()))));
+        self
+    }
+
+    /// Each check by name with its answer.
+    pub(crate) async fn ask(&self) -> Vec<(&'static str, Result<(), String>)> {
+        let mut answers = Vec::new();
+        for (name, check) in &self.checks {
+            answers.push((*name, in_time(check()).await));
+        }
+        answers
+    }
+}
+
+/// The answer of a check, or that there was none in time.
+pub(crate) async fn in_time(check: impl Future<Output = Result<(), String>>) -> Result<(), String> {
+    let late = || Err(format!("no answer within {} s", CHECK_TIMEOUT.as_secs()));
+    tokio::time::timeout(CHECK_TIMEOUT, check).await.unwrap_or_else(|_| late())
+}

@@ -1,0 +1,131 @@
+//! Who may call what.
+
+use fleet_core::clock::from_ms;
+use fleet_core::id::UserId;
+use jsonwebtoken::{Algorithm, EncodingKey, Header};
+use serde_json::{Value, json};
+
+use crate::harness::{Api, NOON_MS};
+
+/// Open to everybody.
+const PUBLIC: [&str; 5] =
+    ["POST /api/v1/auth/login", "GET /api/v1/openapi.json", "GET /healthz", "GET /readyz", "GET /metrics"];
+/// Open to every user, whatever the role.
+const SIGNED_IN: [&str; 1] = ["GET /api/v1/me"];
+
+/// Method, path with its variables filled in, and the permission it says it needs.
+pub(crate) fn operations() -> Vec<(String, String, Option<String>)> {
+    let document: Value = serde_json::from_str(&api::openapi_json()).unwrap();
+    let mut operations = Vec::new();
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            let filled = path.replace("{id}", "boiler-1").replace("{credential_id}", &format!("crd_{:032x}", 1));
+            let permission = operation["security"][0]["bearer"][0].as_str().map(str::to_owned);
+            operations.push((method.to_uppercase(), filled, permission));
+        }
+    }
+    operations
+}
+
+#[tokio::test]
+async fn every_route_but_the_public_ones_needs_a_token_and_a_permission() {
+    let api = Api::start().await;
+    let (_, nobody) = api.nobody().await;
+    let mut guarded = 0;
+    for (method, path, permission) in operations() {
+        let route = format!("{method} {path}");
+        let without = api.anonymous(&method, &path).send().await;
+        if PUBLIC.contains(&route.as_str()) {
+            assert_ne!(without.status.as_u16(), 401, "{route}");
+            continue;
+        }
+        let without = without.problem(401, "no-token");
+        assert_eq!(without.header("www-authenticate"), "Bearer", "{route}");
+        let forbidden = api.anonymous(&method, &path).header("authorization", &format!("Bearer {nobody}")).send().await;
+        if SIGNED_IN.contains(&route.as_str()) {
+            forbidden.expect(200);
+            continue;
+        }
+        let forbidden = forbidden.problem(403, "forbidden");
+        let permission = permission.unwrap_or_else(|| panic!("{route} does not say which permission it needs"));
+        let detail = forbidden.body["detail"].as_str().unwrap();
+        assert!(detail.ends_with(&permission), "{route}: {detail}, documented: {permission}");
+        guarded += 1;
+    }
+    assert!(guarded >= 10, "the document lists the routes");
+}
+
+#[tokio::test]
+async fn a_token_that_is_not_ours_opens_nothing() {
+    let api = Api::start().await;
+    let claims = json!({
+        "iss": "muster", "aud": "muster", "sub": api.admin.to_string(),
+        "iat": NOON_MS / 1000, "exp": NOON_MS / 1000 + 900,
+    });
+    let kid: String = sqlx::query_scalar("select kid from signing_key").fetch_one(api.db.pool()).await.unwrap();
+    let symmetric = EncodingKey::from_secret(kid.as_bytes());
+    let header = Header { kid: Some(kid), ..Header::new(Algorithm::HS256) };
+    let confused = jsonwebtoken::encode(&header, &claims, &symmetric).unwrap();
+    let stranger = api.keys.sign(UserId::new()).unwrap().token.expose().to_owned();
+    let none = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJ4In0.";
+    for token in ["x", "a.b.c", none, &confused, &stranger, &"x".repeat(10_000)] {
+        let asked = api.anonymous("GET", "/api/v1/me").header("authorization", &format!("Bearer {token}"));
+        let refused = asked.send().await.problem(401, "bad-token");
+        assert_eq!(refused.header("www-authenticate"), "Bearer error=\"invalid_token\"");
+    }
+    for value in ["", "Bearer", "Basic YWRtaW46eA==", "bearer\u{e9} x"] {
+        api.anonymous("GET", "/api/v1/me").header("authorization", value).send().await.problem(401, "no-token");
+    }
+}
+
+#[tokio::test]
+async fn a_token_ends_with_its_time() {
+    let api = Api::start().await;
+    let token = api.keys.sign(api.admin).unwrap().token.expose().to_owned();
+    let ask = || api.anonymous("GET", "/api/v1/me").header("authorization", &format!("Bearer {token}")).send();
+    api.clock.set(from_ms(NOON_MS + 899_000));
+    ask().await.expect(200);
+    api.clock.set(from_ms(NOON_MS + 900_000));
+    let expired = ask().await.problem(401, "bad-token");
+    assert!(expired.body["detail"].as_str().unwrap().contains("expired"));
+}
+
+#[tokio::test]
+async fn a_user_who_loses_role_or_account_is_out_at_once() {
+    let api = Api::start().await;
+    api.get("/api/v1/devices").await.expect(200);
+    sqlx::query("update app_user set role = null").execute(api.db.pool()).await.unwrap();
+    api.get("/api/v1/devices").await.problem(403, "forbidden");
+    let me = api.get("/api/v1/me").await.expect(200);
+    assert_eq!((&me.body["role"], &me.body["permissions"]), (&Value::Null, &json!([])));
+    sqlx::query("update app_user set disabled = true").execute(api.db.pool()).await.unwrap();
+    api.get("/api/v1/me").await.problem(401, "bad-token");
+}
+
+#[tokio::test]
+async fn another_tenants_devices_do_not_exist() {
+    let api = Api::start().await;
+    api.enrol("boiler-1").await;
+    sqlx::query("insert into tenant (id, created_at) values ('other', now())").execute(api.db.pool()).await.unwrap();
+    sqlx::query("update app_user set tenant_key = (select key from tenant where id = 'other')")
+        .execute(api.db.pool())
+        .await
+        .unwrap();
+    assert_eq!(api.get("/api/v1/devices").await.expect(200).ids(), Vec::<&str>::new());
+    for (method, path, body) in [
+        ("GET", "/api/v1/devices/boiler-1", Value::Null),
+        ("PATCH", "/api/v1/devices/boiler-1", json!({})),
+        ("DELETE", "/api/v1/devices/boiler-1", Value::Null),
+        ("GET", "/api/v1/devices/boiler-1/credentials", Value::Null),
+        ("POST", "/api/v1/devices/boiler-1/credentials", json!({})),
+        ("POST", "/api/v1/devices/boiler-1/credentials/rotate", json!({})),
+        ("GET", "/api/v1/devices/boiler-1/telemetry", Value::Null),
+        ("GET", "/api/v1/devices/boiler-1/telemetry/latest", Value::Null),
+    ] {
+        let ask = api.ask(method, path);
+        let ask = if body.is_null() { ask } else { ask.json(&body) };
+        ask.send().await.problem(404, "no-such-device");
+    }
+    let gateway = api.post("/api/v1/devices", json!({"id": "b", "gateway": "boiler-1"})).await;
+    gateway.problem(422, "no-such-gateway");
+}

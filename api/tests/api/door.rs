@@ -1,0 +1,130 @@
+//! What happens to every request, whatever it asks for.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use api::Health;
+use axum::body::Body;
+use serde_json::json;
+
+use crate::harness::{Api, EMAIL, Setup};
+
+#[tokio::test]
+async fn what_is_not_there_is_a_problem() {
+    let api = Api::start().await;
+    for path in ["/nothing", "/api/v1/nothing", "/api/v2/devices", "/metrics/x", "/%00"] {
+        let reply = api.anonymous("GET", path).send().await.problem(404, "no-such-route");
+        assert_eq!(reply.body["instance"], path);
+    }
+    let reply = api.ask("PUT", "/api/v1/devices/a").send().await.problem(405, "method-not-allowed");
+    let allow = reply.header("allow");
+    assert!(["GET", "PATCH", "DELETE"].iter().all(|method| allow.contains(method)), "{allow}");
+    api.anonymous("BREW", "/api/v1/me").send().await.problem(405, "method-not-allowed");
+    assert!(api.metric("muster_http_requests_total{method=\"other\",route=\"/api/v1/me\",status=\"405\"}").await > 0.5);
+    assert!(api.metric("muster_http_requests_total{method=\"GET\",route=\"unmatched\",status=\"404\"}").await > 4.5);
+}
+
+#[tokio::test]
+async fn a_request_keeps_its_id_when_the_id_is_fit() {
+    let api = Api::start().await;
+    let id = |given: &'static str| {
+        let ask = api.anonymous("GET", "/healthz");
+        async move { ask.header("x-request-id", given).send().await.expect(200).header("x-request-id").to_owned() }
+    };
+    assert_eq!(id("trace-1/a.b:c").await, "trace-1/a.b:c");
+    for unfit in ["", "a b", "<script>", "x\u{e9}"] {
+        let made = id(unfit).await;
+        assert!(made.len() == 32 && made != unfit, "{made}");
+    }
+    let long = api.anonymous("GET", "/healthz").header("x-request-id", &"x".repeat(129)).send().await;
+    assert_eq!(long.header("x-request-id").len(), 32);
+}
+
+#[tokio::test]
+async fn answers_carry_the_headers_that_keep_browsers_honest() {
+    let api = Api::start().await;
+    for path in ["/api/v1/me", "/healthz", "/nothing", "/docs/"] {
+        let reply = api.anonymous("GET", path).send().await;
+        assert_eq!(reply.header("x-content-type-options"), "nosniff", "{path}");
+        assert_eq!(reply.header("x-frame-options"), "DENY", "{path}");
+        assert!(reply.header("content-security-policy").contains("frame-ancestors 'none'"), "{path}");
+        assert_eq!(reply.header("cache-control") == "no-store", path.starts_with("/api/"), "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_body_beyond_the_bound_is_not_read() {
+    let mut setup = Setup::default();
+    setup.config.http.max_body_bytes = 1000;
+    let api = Api::with(setup).await;
+    let fits = format!("{{\"id\":\"a\"{}}}", " ".repeat(1000 - 10));
+    assert_eq!(fits.len(), 1000);
+    api.ask("POST", "/api/v1/devices").raw("application/json", fits.clone()).send().await.expect(201);
+    let large = api.ask("POST", "/api/v1/devices").raw("application/json", fits + " ").send().await;
+    let large = large.problem(413, "body-too-large");
+    assert!(large.body["detail"].as_str().unwrap().contains("1000 bytes"));
+    assert!((api.metric("muster_http_problems_total{type=\"body-too-large\"}").await - 1.0).abs() < 0.5);
+    // Without a length in front, the bound holds as well.
+    let endless = Body::new(axum::body::Body::from(vec![b' '; 2000]));
+    api.ask("POST", "/api/v1/devices").raw("application/json", endless).send().await.problem(413, "body-too-large");
+}
+
+#[tokio::test]
+async fn an_answer_that_takes_too_long_is_not_waited_for() {
+    let mut setup = Setup::default();
+    setup.config.http.request_timeout_ms = 1;
+    let api = Api::with(setup).await;
+    let body = json!({"email": EMAIL, "password": "wrong"});
+    let late = api.anonymous("POST", "/api/v1/auth/login").json(&body).send().await.problem(503, "timeout");
+    assert_eq!(late.header("retry-after"), "1");
+    assert!(api.metric("muster_http_problems_total{type=\"timeout\"}").await > 0.5);
+}
+
+#[tokio::test]
+async fn without_a_database_the_server_says_so_and_lives() {
+    let api = Api::start().await;
+    api.anonymous("GET", "/readyz").send().await.expect(200);
+    api.db.pool().close().await;
+    api.anonymous("GET", "/healthz").send().await.expect(200);
+    let ready = api.anonymous("GET", "/readyz").send().await.expect(503);
+    assert_eq!(ready.body, json!({"ready": false, "checks": {"database": "cannot be reached"}}));
+    let away = api.get("/api/v1/devices").await.problem(503, "database-away");
+    assert_eq!(away.header("retry-after"), "1");
+    api.anonymous("GET", "/metrics").send().await.expect(200);
+}
+
+#[tokio::test]
+async fn readiness_asks_whoever_was_named() {
+    let writer = Arc::new(AtomicBool::new(true));
+    let seen = writer.clone();
+    let check = move || {
+        let up = seen.load(Ordering::Relaxed);
+        async move { if up { Ok(()) } else { Err("the writer is behind".to_owned()) } }
+    };
+    let health = Health::new().with("broker", check).with("stuck", || async { Ok(()) });
+    let api = Api::with(Setup { health, ..Setup::default() }).await;
+    let ready = api.anonymous("GET", "/readyz").send().await.expect(200);
+    assert_eq!(ready.body, json!({"ready": true, "checks": {"database": "ok", "broker": "ok", "stuck": "ok"}}));
+    writer.store(false, Ordering::Relaxed);
+    let ready = api.anonymous("GET", "/readyz").send().await.expect(503);
+    assert_eq!(ready.body["checks"]["broker"], "the writer is behind");
+}
+
+#[tokio::test]
+async fn metrics_are_told_without_names() {
+    let api = Api::start().await;
+    api.enrol("boiler-1").await;
+    api.get("/api/v1/devices/boiler-1").await.expect(200);
+    let reply = api.anonymous("GET", "/metrics").send().await.expect(200);
+    assert!(reply.header("content-type").starts_with("text/plain"));
+    for expected in [
+        "muster_http_requests_total{method=\"GET\",route=\"/api/v1/devices/{id}\",status=\"200\"} 1",
+        "muster_http_request_seconds_count{route=\"/api/v1/devices\"} 1",
+        "muster_http_problems_total{type=\"busy\"} 0",
+        "muster_database_pool_connections{state=\"idle\"}",
+        "process_resident_memory_bytes",
+    ] {
+        assert!(reply.text.contains(expected), "{expected} in {}", reply.text);
+    }
+    assert!(!reply.text.contains("boiler-1"), "labels are closed");
+}

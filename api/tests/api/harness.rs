@@ -1,0 +1,227 @@
+//! One API on a database of its own, and the words to talk to it.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use api::{App, Health};
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::http::{HeaderMap, Request, StatusCode};
+use chrono::{DateTime, TimeDelta, Utc};
+use fleet_core::clock::{Clock, from_ms};
+use fleet_core::config::{Config, Environment, Secret};
+use fleet_core::id::UserId;
+use fleet_core::testing::TestDb;
+use fleet_core::token::Keys;
+use fleet_core::user;
+use prometheus::Registry;
+use serde_json::Value;
+use tower::ServiceExt;
+
+/// When these tests happen: 2025-11-21T12:00:00Z.
+pub(crate) const NOON_MS: i64 = 1_763_726_400_000;
+pub(crate) const EMAIL: &str = "admin@example.com";
+pub(crate) const PASSWORD: &str = "correct horse battery staple";
+
+pub(crate) struct Api {
+    pub(crate) db: TestDb,
+    pub(crate) clock: Clock,
+    pub(crate) keys: Arc<Keys>,
+    pub(crate) admin: UserId,
+    token: String,
+    router: Router,
+}
+
+/// What a test may set otherwise.
+pub(crate) struct Setup {
+    pub(crate) config: Config,
+    pub(crate) health: Health,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        let config = Config::from_sources(&Environment::default(), Some(std::collections::HashMap::new())).unwrap();
+        Self { config, health: Health::new() }
+    }
+}
+
+impl Api {
+    pub(crate) async fn start() -> Self {
+        Self::with(Setup::default()).await
+    }
+
+    pub(crate) async fn with(Setup { config, health }: Setup) -> Self {
+        let db = TestDb::new().await;
+        let clock = Clock::fixed(from_ms(NOON_MS));
+        let mut conn = db.pool().acquire().await.unwrap();
+        let password = Secret::from(PASSWORD.to_owned());
+        user::ensure_admin(&mut conn, Some(EMAIL), Some(&password), &clock).await.unwrap();
+        let admin = sqlx::query_scalar("select id from app_user").fetch_one(&mut *conn).await.unwrap();
+        let keys = Keys::load(&mut conn, clock.clone(), config.auth.access_token_s).await.unwrap();
+        drop(conn);
+        let keys = Arc::new(keys);
+        let token = keys.sign(admin).unwrap().token.expose().to_owned();
+        let (pool, registry) = (db.pool().clone(), Registry::new());
+        let app = App::new(pool, clock.clone(), keys.clone(), registry, config.http, config.auth, health).unwrap();
+        Self { router: api::router(app), db, clock, keys, admin, token }
+    }
+
+    /// The patterns the router knows. Axum has no list of them, but prints them.
+    pub(crate) fn routes(&self) -> Vec<String> {
+        let printed = format!("{:?}", self.router);
+        let (_, paths) = printed.split_once("paths: {").expect("axum prints its routes");
+        let quoted = paths.split('"').skip(1).step_by(2).filter(|text| text.starts_with('/'));
+        quoted.filter(|path| !path.contains("axum_fallback")).map(str::to_owned).collect()
+    }
+
+    /// Lets time pass.
+    pub(crate) fn pass(&self, time: TimeDelta) {
+        self.clock.set(self.clock.now() + time);
+    }
+
+    pub(crate) fn now(&self) -> DateTime<Utc> {
+        self.clock.now()
+    }
+
+    /// A request of the administrator.
+    pub(crate) fn ask(&self, method: &str, path: &str) -> Ask<'_> {
+        self.anonymous(method, path).header("authorization", &format!("Bearer {}", self.token))
+    }
+
+    /// A request of somebody without a token.
+    pub(crate) fn anonymous(&self, method: &str, path: &str) -> Ask<'_> {
+        Ask { api: self, request: Request::builder().method(method).uri(path), body: Body::empty() }
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Reply {
+        self.ask("GET", path).send().await
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: Value) -> Reply {
+        self.ask("POST", path).json(&body).send().await
+    }
+
+    /// Enrols a device and answers what was said of it.
+    pub(crate) async fn enrol(&self, id: &str) -> Value {
+        self.post("/api/v1/devices", serde_json::json!({"id": id})).await.expect(201).body
+    }
+
+    /// A token of a user without a role.
+    pub(crate) async fn nobody(&self) -> (UserId, String) {
+        let id = UserId::new();
+        sqlx::query(
+            "insert into app_user (id, tenant_key, email, password_hash, created_at) values ($1, $2, $3, '', now())",
+        )
+        .bind(id.uuid())
+        .bind(self.db.tenant().0)
+        .bind(format!("{id}@example.com"))
+        .execute(self.db.pool())
+        .await
+        .unwrap();
+        (id, self.keys.sign(id).unwrap().token.expose().to_owned())
+    }
+
+    /// The value of a metric, 0 when it is not there.
+    pub(crate) async fn metric(&self, name: &str) -> f64 {
+        let text = self.anonymous("GET", "/metrics").send().await.expect(200).text;
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+        line.unwrap_or(0.0)
+    }
+}
+
+pub(crate) struct Ask<'a> {
+    api: &'a Api,
+    request: axum::http::request::Builder,
+    body: Body,
+}
+
+impl Ask<'_> {
+    pub(crate) fn header(mut self, name: &str, value: &str) -> Self {
+        if name == "authorization"
+            && let Some(headers) = self.request.headers_mut()
+        {
+            headers.remove(name);
+        }
+        self.request = self.request.header(name, value);
+        self
+    }
+
+    pub(crate) fn json(self, body: &Value) -> Self {
+        self.raw("application/json", body.to_string())
+    }
+
+    pub(crate) fn raw(self, kind: &str, body: impl Into<Body>) -> Self {
+        let mut this = self.header("content-type", kind);
+        this.body = body.into();
+        this
+    }
+
+    pub(crate) async fn send(self) -> Reply {
+        let request = self.request.body(self.body).unwrap();
+        let response = self.api.router.clone().oneshot(request).await.unwrap();
+        let (parts, body) = response.into_parts();
+        let bytes = to_bytes(body, usize::MAX).await.unwrap();
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        let body = serde_json::from_str(&text).unwrap_or(Value::Null);
+        Reply { status: parts.status, headers: parts.headers, body, text }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Reply {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Value,
+    pub(crate) text: String,
+}
+
+impl Reply {
+    /// Asserts the status; everything that fails must be a problem.
+    #[track_caller]
+    pub(crate) fn expect(self, status: u16) -> Self {
+        assert_eq!(self.status.as_u16(), status, "{}", self.text);
+        if status >= 400 && !self.body["ready"].is_boolean() {
+            self.expect_problem();
+        }
+        self
+    }
+
+    /// RFC 9457, and the id under which the log tells more.
+    #[track_caller]
+    fn expect_problem(&self) {
+        assert_eq!(self.header("content-type"), "application/problem+json", "{}", self.text);
+        assert!(self.body["type"].as_str().unwrap().starts_with("urn:muster:problem:"), "{}", self.text);
+        assert_eq!(self.body["status"], self.status.as_u16());
+        assert_eq!(self.body["request_id"].as_str().unwrap(), self.header("x-request-id"));
+        for member in ["title", "detail", "instance"] {
+            assert!(!self.body[member].as_str().unwrap().is_empty(), "{member}: {}", self.text);
+        }
+        assert!(!self.text.contains('\n'), "one line: {}", self.text);
+    }
+
+    /// Asserts the kind of a problem.
+    #[track_caller]
+    pub(crate) fn problem(self, status: u16, kind: &str) -> Self {
+        let this = self.expect(status);
+        assert_eq!(this.body["type"], format!("urn:muster:problem:{kind}"), "{}", this.text);
+        this
+    }
+
+    /// A header as text, empty when it is not there.
+    pub(crate) fn header(&self, name: &str) -> &str {
+        self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+    }
+
+    /// The ids of a page.
+    pub(crate) fn ids(&self) -> Vec<&str> {
+        self.body["items"].as_array().unwrap().iter().map(|item| item["id"].as_str().unwrap()).collect()
+    }
+}
+
+/// Escapes a text for a query.
+pub(crate) fn escaped(text: &str) -> String {
+    text.bytes().fold(String::new(), |mut escaped, byte| {
+        write!(escaped, "%{byte:02x}").unwrap();
+        escaped
+    })
+}

@@ -1,0 +1,13 @@
+//! Journeys through the HTTP door, each with a database and a router of its own.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod access;
+mod credentials;
+mod dead_letters;
+mod devices;
+mod document;
+mod door;
+mod harness;
+mod login;
+mod telemetry;

@@ -1,0 +1,153 @@
+//! Muster measured beside mosquitto, rumqttd and psql; everything on loopback, bounded, and ended by itself.
+
+mod broker;
+mod frame;
+mod generator;
+mod process;
+mod report;
+mod server;
+mod writers;
+
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::{Parser, Subcommand};
+use server::Kind;
+
+/// Muster measured beside mosquitto, rumqttd and psql.
+#[derive(Parser)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Everything, written to the file of results.
+    All {
+        #[command(flatten)]
+        broker: BrokerArgs,
+        #[command(flatten)]
+        writers: WriterArgs,
+        /// Where the section is written.
+        #[arg(long, default_value = "docs/benchmarks.md")]
+        out: PathBuf,
+    },
+    /// Brokers only, printed.
+    Broker(BrokerArgs),
+    /// Writers only, printed.
+    Writers(WriterArgs),
+    /// Serve MQTT with rumqttd until killed.
+    Rumqttd {
+        /// On 127.0.0.1.
+        #[arg(long)]
+        port: u16,
+    },
+}
+
+#[derive(clap::Args)]
+struct BrokerArgs {
+    /// The release binary of Muster.
+    #[arg(long, default_value = "target/release/muster")]
+    muster: PathBuf,
+    /// Servers to measure, in this order.
+    #[arg(long, value_delimiter = ',', default_value = "muster,mosquitto,rumqttd", value_parser = kind)]
+    servers: Vec<Kind>,
+    /// Numbers of clients; below 20,000, the limit of file descriptors.
+    #[arg(long, value_delimiter = ',', default_value = "1000,10000")]
+    clients: Vec<usize>,
+    /// Rounds of every server under every number of clients.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Length of the closed loop, in seconds.
+    #[arg(long, default_value_t = 10)]
+    load_s: u64,
+    /// Length of the open loop, in seconds.
+    #[arg(long, default_value_t = 6)]
+    latency_s: u64,
+}
+
+#[derive(clap::Args)]
+struct WriterArgs {
+    /// Alternations of write path and `\copy`.
+    #[arg(long, default_value_t = 3)]
+    writer_rounds: usize,
+    /// Rows of each.
+    #[arg(long, default_value_t = 400_000)]
+    rows: usize,
+}
+
+fn kind(name: &str) -> Result<Kind, String> {
+    match name {
+        "muster" => Ok(Kind::Muster),
+        "mosquitto" => Ok(Kind::Mosquitto),
+        "rumqttd" => Ok(Kind::Rumqttd),
+        _ => Err("expected muster, mosquitto or rumqttd".into()),
+    }
+}
+
+impl BrokerArgs {
+    fn plan(self) -> broker::Plan {
+        broker::Plan {
+            muster: self.muster,
+            kinds: self.servers,
+            clients: self.clients,
+            rounds: self.rounds,
+            load: Duration::from_secs(self.load_s),
+            latency: Duration::from_secs(self.latency_s),
+        }
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    let command = match Args::parse().command {
+        // Blocks for good and brings a runtime of its own.
+        Command::Rumqttd { port } => return server::rumqttd(port),
+        command => command,
+    };
+    let _already = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(run(command))
+}
+
+async fn run(command: Command) -> anyhow::Result<()> {
+    let dir = Scratch::new()?;
+    let started = Instant::now();
+    let load_before = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load_before = load_before.split(' ').next().unwrap_or("unknown").to_owned();
+    let (broker, writers, out) = match command {
+        Command::All { broker, writers, out } => {
+            let found = writers::run(&dir.0, writers.writer_rounds, writers.rows).await?;
+            (broker::run(&broker.plan(), &dir.0).await?, found, Some(out))
+        }
+        Command::Broker(args) => (broker::run(&args.plan(), &dir.0).await?, Vec::new(), None),
+        Command::Writers(args) => (Vec::new(), writers::run(&dir.0, args.writer_rounds, args.rows).await?, None),
+        Command::Rumqttd { .. } => return Ok(()),
+    };
+    let command = std::env::args().skip(1).collect::<Vec<_>>().join(" ");
+    let command = if out.is_some() { "make bench".to_owned() } else { format!("bench {command}") };
+    let findings = report::Findings { command, load_before, took: started.elapsed(), broker, writers };
+    println!("{}", report::section(&findings));
+    out.map_or(Ok(()), |out| report::write(&out, &findings))
+}
+
+/// A directory for this run; it goes with it. The account of the database must be able to pass through.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> std::io::Result<Self> {
+        let path = std::env::temp_dir().join(format!("muster-bench-{}", std::process::id()));
+        DirBuilder::new().mode(0o755).create(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let path: &Path = &self.0;
+        if let Err(error) = fs::remove_dir_all(path) {
+            eprintln!("{} stays: {error}", path.display());
+        }
+    }
+}

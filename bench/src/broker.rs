@@ -187,11 +187,12 @@ struct Snapshot {
 
 impl Snapshot {
     fn take(server: &Server, load: &Load) -> Self {
+        let (broker, postgres) = server.cpu();
         Self {
             at: Instant::now(),
             acknowledged: load.acknowledged(),
-            broker: process::cpu(server.pid),
-            postgres: process::cpu_of(&server.postgres),
+            broker,
+            postgres,
             generator: process::cpu(std::process::id()),
         }
     }

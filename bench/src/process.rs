@@ -8,15 +8,19 @@ const TICK: Duration = Duration::from_millis(10);
 
 /// User and system time of a process so far, all threads; zero when it is gone.
 pub(crate) fn cpu(pid: u32) -> Duration {
-    let Some(fields) = stat(pid) else { return Duration::ZERO };
-    let ticks = |at: usize| fields.get(at).and_then(|f| f.parse::<u32>().ok()).unwrap_or(0);
-    // Fields 14 and 15 of the whole line; these begin with the third.
-    TICK * (ticks(11) + ticks(12))
+    // Fields 14 and 15 of the whole line; `stat` begins with the third.
+    ticks(pid, 11..13)
 }
 
-/// Of several processes together.
+/// The same of several processes together with all their children that have ended: a worker that came and went counts.
 pub(crate) fn cpu_of(pids: &[u32]) -> Duration {
-    pids.iter().copied().map(cpu).sum()
+    pids.iter().map(|pid| ticks(*pid, 11..15)).sum()
+}
+
+fn ticks(pid: u32, fields: std::ops::Range<usize>) -> Duration {
+    let of_process = stat(pid).unwrap_or_default();
+    let ticks = of_process.get(fields).unwrap_or_default().iter().filter_map(|field| field.parse::<u32>().ok());
+    TICK * ticks.sum::<u32>()
 }
 
 /// Resident memory in bytes; zero when it is gone.

@@ -48,8 +48,6 @@ pub(crate) struct Server {
     child: Child,
     log: PathBuf,
     pub(crate) pid: u32,
-    /// The processes of its PostgreSQL.
-    pub(crate) postgres: Vec<u32>,
     pub(crate) mqtt: SocketAddr,
     /// REST and metrics, of Muster.
     pub(crate) url: Option<String>,
@@ -75,9 +73,8 @@ impl Server {
         let child = child.spawn().with_context(|| format!("{kind:?} cannot be started"))?;
         let pid = child.id().context("the server ended at once")?;
         let url = (kind == Kind::Muster).then(|| format!("http://{http}"));
-        let mut server = Self { child, log, pid, postgres: Vec::new(), mqtt, url };
+        let mut server = Self { child, log, pid, mqtt, url };
         server.ready().await?;
-        server.postgres = process::descendants(pid, "postgres");
         Ok(server)
     }
 
@@ -99,6 +96,11 @@ impl Server {
             sleep(Duration::from_millis(50)).await;
         }
         bail!("the server is not ready after {} s: {}", START_WITHIN.as_secs(), self.last_words())
+    }
+
+    /// Processor time of its own process, and of its PostgreSQL, if it has one.
+    pub(crate) fn cpu(&self) -> (Duration, Duration) {
+        (process::cpu(self.pid), process::cpu_of(&process::descendants(self.pid, "postgres")))
     }
 
     fn last_words(&self) -> String {

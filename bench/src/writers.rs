@@ -8,14 +8,14 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use chrono::{Days, NaiveDate};
 use fleet_core::clock::Clock;
 use fleet_core::database;
 use fleet_core::id::{DeviceKey, TenantKey};
 use fleet_core::postgres::{Cluster, Tuning};
+use fleet_core::retention;
 use fleet_core::telemetry::{self, Batch, Limits, Shapes};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Executor as _, PgConnection, PgPool};
+use sqlx::{ConnectOptions as _, Connection as _, Executor as _, PgConnection, PgPool};
 use tokio::process::Command;
 use tokio::task::JoinSet;
 
@@ -52,15 +52,14 @@ async fn measure(options: &PgConnectOptions, dir: &Path, rounds: usize, rows: us
     database::migrate(&pool).await?;
     let clock = Clock::system();
     let tenant = database::first_tenant(&mut *pool.acquire().await?, &clock).await?;
-    let today = clock.now().date_naive();
-    partition(&pool, today).await?;
+    retention::ensure_partitions(&mut *pool.acquire().await?, clock.now()).await?;
     // Columns only: neither key nor partitions.
     pool.execute("create table plain (like telemetry)").await?;
     let file = dir.join("rows.copy");
-    let (mut found, mut first_seq) = (Vec::new(), 0);
+    let mut found = Vec::new();
     for _ in 0..rounds {
         settle(&pool).await?;
-        let writers = write(options, tenant, &clock, rows, &mut first_seq).await?;
+        let writers = write(options, tenant, &clock, rows).await?;
         let stored: i64 = sqlx::query_scalar("select count(*) from telemetry").fetch_one(&pool).await?;
         if usize::try_from(stored)? != rows {
             bail!("{rows} rows were written, {stored} are there");
@@ -78,14 +77,6 @@ async fn measure(options: &PgConnectOptions, dir: &Path, rounds: usize, rows: us
     Ok(found)
 }
 
-async fn partition(pool: &PgPool, today: NaiveDate) -> anyhow::Result<()> {
-    let tomorrow = today.checked_add_days(Days::new(2)).context("a day after today")?;
-    let sql =
-        format!("create table telemetry_today partition of telemetry for values from ('{today}Z') to ('{tomorrow}Z')");
-    pool.execute(AssertSqlSafe(sql)).await?;
-    Ok(())
-}
-
 /// Empties the tables and leaves no work to whoever is measured next.
 async fn settle(pool: &PgPool) -> anyhow::Result<()> {
     pool.execute("truncate telemetry, plain").await?;
@@ -94,13 +85,7 @@ async fn settle(pool: &PgPool) -> anyhow::Result<()> {
 }
 
 /// Rows a second of all writers together.
-async fn write(
-    options: &PgConnectOptions,
-    tenant: TenantKey,
-    clock: &Clock,
-    rows: usize,
-    first_seq: &mut i64,
-) -> anyhow::Result<f64> {
+async fn write(options: &PgConnectOptions, tenant: TenantKey, clock: &Clock, rows: usize) -> anyhow::Result<f64> {
     let mut connections = Vec::new();
     for _ in 0..WRITERS {
         connections.push(options.connect().await?);
@@ -113,7 +98,6 @@ async fn write(
     while let Some(ended) = tasks.join_next().await {
         ended??;
     }
-    *first_seq += i64::try_from(rows)?;
     Ok(rows as f64 / started.elapsed().as_secs_f64())
 }
 

@@ -126,8 +126,8 @@ impl Client {
         let (status, answer) = self.call(Method::POST, self.at(&["devices"]), Some(&body)).await?;
         let (status, answer) = match status {
             409 => {
-                self.call(Method::POST, self.at(&["devices", id, "credentials"]), Some(&json!({"overlap_s": 0})))
-                    .await?
+                let url = self.at(&["devices", id, "credentials", "rotate"]);
+                self.call(Method::POST, url, Some(&json!({ "overlap_s": 0 }))).await?
             }
             _ => (status, answer),
         };

@@ -159,7 +159,7 @@ async fn rest(State(server): State<Arc<Server>>, request: Request) -> Response {
         (&Method::POST, ["auth", "login"]) => server.log_in(&body),
         _ if head.headers["authorization"] != "Bearer token" => (401, json!({"title": "Unauthorized"})),
         (&Method::POST, ["devices"]) => server.enrol(body["id"].as_str().unwrap()),
-        (&Method::POST, ["devices", id, "credentials"]) => {
+        (&Method::POST, ["devices", id, "credentials", "rotate"]) => {
             assert_eq!(body["overlap_s"], 0);
             (201, json!({"username": format!("main/{id}"), "password": "rotated"}))
         }

@@ -1,1 +1,52 @@
-fn main() {}
+//! The command line: `muster serve`, `demo`, `sim`, `config`. Thin: each subcommand is a file.
+
+mod demo;
+mod exit;
+mod serve;
+mod settings;
+mod sim;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+// Many small allocations of many tasks: glibc's allocator fragments.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// A fleet manager for IoT devices that speak MQTT: an acknowledged message is a row you can query.
+#[derive(Parser)]
+#[command(version, after_help = exit::HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the server.
+    Serve(serve::Args),
+    /// Run the server with a simulated fleet and a live view.
+    Demo(demo::Args),
+    /// Simulate devices against a server and prove that nothing acknowledged was lost.
+    Sim(Box<sim::Args>),
+    /// Print the settings in force, secrets masked.
+    Config,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    if rustls::crypto::aws_lc_rs::default_provider().install_default().is_err() {
+        eprintln!("muster: a TLS provider was installed already");
+    }
+    let result = match Cli::parse().command {
+        Command::Serve(args) => serve::run(args).await,
+        Command::Demo(args) => demo::run(args).await,
+        Command::Sim(args) => sim::run(*args).await,
+        Command::Config => settings::print(),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("muster: {}", exit::one_line(&error));
+        exit::code(&error)
+    })
+}

@@ -1,6 +1,6 @@
 //! `muster sim`: a simulated fleet, and the ledger that proves nothing was lost.
 //!
-//! Exit codes: 0 every acknowledged reading is there once · 1 one is missing or doubled · 2 bad usage · 3 the run could
+//! Exit codes: 0 every acknowledged reading is there once · 1 one is missing or doubled · 2 bad usage · 6 the run could
 //! not be made or checked (the server is away, the login is wrong, a file cannot be written).
 
 use std::fmt::Display;
@@ -20,7 +20,7 @@ const BROKEN: u8 = 1;
 /// The command line asks for something out of bounds.
 const USAGE: u8 = 2;
 /// Nothing was found out.
-const FAILED: u8 = 3;
+const FAILED: u8 = 6;
 
 /// Run simulated devices, then check that every acknowledged reading is there once.
 #[derive(Debug, Parser)]

@@ -1,2 +1,6 @@
-#[test]
-fn t() {}
+//! Journeys across the crates, one file a journey, with real clients and a real server.
+
+mod crash;
+mod foreign_clients;
+mod harness;
+mod readings;

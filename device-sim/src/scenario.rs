@@ -219,7 +219,7 @@ impl Scenario {
         self.check()?;
         let client = Client::connect(&self.url, self.access.clone()).await?;
         let credentials = self.enrol(&client, &cancel, &mut progress).await?;
-        let names = (0..self.devices).map(|index| self.name(index)).collect();
+        let names = (0..self.devices).map(|index| self.device_id(index)).collect();
         let recorder = Recorder::new(names, self.ledger.as_deref())?;
         let (acknowledged, from) = mpsc::channel(RECORDER_QUEUE);
         let recording = tokio::task::spawn_blocking(move || recorder.run(from));
@@ -236,8 +236,8 @@ impl Scenario {
         Ok(self.report(&counters, elapsed, verdict))
     }
 
-    /// The name of a device.
-    fn name(&self, index: u32) -> String {
+    /// The name of a device, by its index.
+    pub fn device_id(&self, index: u32) -> String {
         format!("sim-{}-{index}", self.seed)
     }
 
@@ -276,7 +276,7 @@ impl Scenario {
         progress: &mut impl FnMut(Progress),
     ) -> Result<Vec<Credential>> {
         self.probe().await?;
-        let names = stream::iter((0..self.devices).map(|index| self.name(index)));
+        let names = stream::iter((0..self.devices).map(|index| self.device_id(index)));
         let enrolled = names.map(|name| async move { client.enrol(&name).await }).buffered(ENROLLING);
         let mut enrolled = std::pin::pin!(enrolled.take_until(cancel.cancelled()));
         let mut credentials = Vec::with_capacity(self.devices as usize);
@@ -313,7 +313,7 @@ impl Scenario {
     }
 
     async fn clean(&self, client: &Client, counters: &Counters, progress: &mut impl FnMut(Progress)) -> Result<()> {
-        let names = stream::iter((0..self.devices).map(|index| self.name(index)));
+        let names = stream::iter((0..self.devices).map(|index| self.device_id(index)));
         let mut deleted = names.map(|name| async move { client.delete(&name).await }).buffer_unordered(ENROLLING);
         let mut done = 0;
         while deleted.try_next().await?.is_some() {
@@ -446,7 +446,7 @@ impl Fleet {
         for (index, credential) in (0..).zip(credentials) {
             // Spread evenly over the interval: the whole fleet sends at a steady rate.
             let offset = Duration::from_secs_f64(f64::from(index) / scenario.rate);
-            devices.spawn(Device::new(index, offset, &scenario.name(index), credential, setup.clone()).run());
+            devices.spawn(Device::new(index, offset, &scenario.device_id(index), credential, setup.clone()).run());
         }
         Ok(Self { devices, counters, finished, finish, abort })
     }

@@ -1,0 +1,286 @@
+//! `muster serve`: composes the doors over one database, and stops them in order.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use api::{App, Health};
+use broker::{Broker, Parts};
+use clap::ValueEnum;
+use fleet_core::clock::Clock;
+use fleet_core::config::Config;
+use fleet_core::database::Database;
+use fleet_core::retention;
+use fleet_core::token::Keys;
+use fleet_core::user::{self, FirstAdmin};
+use prometheus::Registry;
+use sqlx::PgPool;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::exit::CannotListen;
+use crate::settings::{self, Loaded};
+
+/// How often partitions are made ahead and old days dropped.
+const SWEEP_EVERY: Duration = Duration::from_mins(10);
+/// How long requests under way may take to end when the server stops.
+const HTTP_STOP_WITHIN: Duration = Duration::from_secs(5);
+
+/// What `muster serve` takes.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// What this process does; several processes may share one database.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Role::ALL)]
+    roles: Vec<Role>,
+}
+
+/// A part of the server.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Role {
+    /// The MQTT door and its writers.
+    Broker,
+    /// The HTTP door.
+    Api,
+    /// Housekeeping: partitions and retention.
+    Worker,
+}
+
+impl Role {
+    /// All of them.
+    pub(crate) const ALL: [Self; 3] = [Self::Broker, Self::Api, Self::Worker];
+}
+
+/// Runs the server until it is told to stop.
+pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let loaded = settings::load()?;
+    settings::start_logging(&loaded.config)?;
+    let stop = stop_signal()?;
+    let server = Server::start(loaded, &args.roles).await?;
+    if let Some(admin) = &server.first_admin {
+        println!("first admin: {} password: {}", admin.email, admin.password.expose());
+    }
+    println!("ready: {server}");
+    stop.cancelled().await;
+    server.stop().await;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Cancelled by SIGINT or SIGTERM.
+pub(crate) fn stop_signal() -> anyhow::Result<CancellationToken> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let stop = CancellationToken::new();
+    let stopping = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        stopping.cancel();
+    });
+    Ok(stop)
+}
+
+/// A running server.
+pub(crate) struct Server {
+    /// Made at the first start; its password is known only now.
+    pub(crate) first_admin: Option<FirstAdmin>,
+    broker: Option<Broker>,
+    http: Option<Http>,
+    worker: Option<Worker>,
+    database: Database,
+}
+
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let http = self.http_address().map(|address| format!("http://{address}"));
+        let mqtt = self.mqtt_address().map(|address| format!("mqtt://{address}"));
+        f.write_str(&[http, mqtt].into_iter().flatten().collect::<Vec<_>>().join(" "))
+    }
+}
+
+impl Server {
+    /// Starts the parts that `roles` name, on the database the settings name.
+    pub(crate) async fn start(loaded: Loaded, roles: &[Role]) -> anyhow::Result<Self> {
+        let Loaded { config, environment, data_dir } = loaded;
+        let plays = |role| roles.contains(&role);
+        let clock = Clock::system();
+        // Taken first: a port that is in use is said at once, not after the database has started.
+        let listener = if plays(Role::Api) { Some(listen(config.http.listen).await?) } else { None };
+        let database = Database::open(&config, &data_dir, &clock).await?;
+        let mut db = database.pool().acquire().await.map_err(fleet_core::Error::from)?;
+        let first_admin = user::ensure_admin(
+            &mut db,
+            environment.admin_email.as_deref(),
+            environment.admin_password.as_ref(),
+            &clock,
+        )
+        .await?;
+        let keys = Arc::new(Keys::load(&mut db, clock.clone(), config.auth.access_token_s).await?);
+        retention::ensure_partitions(&mut db, clock.now()).await?;
+        drop(db);
+
+        let registry = Registry::new();
+        if let Some(cluster) = database.cluster() {
+            registry.register(Box::new(cluster.restarts().clone()))?;
+        }
+        let broker = if plays(Role::Broker) {
+            Some(start_broker(&config, &database, &keys, &clock, &registry).await?)
+        } else {
+            None
+        };
+        let http = match listener {
+            Some(listener) => Some(start_http(listener, &config, &database, keys, &clock, &registry, broker.as_ref())?),
+            None => None,
+        };
+        let worker = plays(Role::Worker).then(|| Worker::start(database.pool().clone(), config, clock));
+        Ok(Self { first_admin, broker, http, worker, database })
+    }
+
+    /// Where REST answers, when this process has the role.
+    pub(crate) fn http_address(&self) -> Option<SocketAddr> {
+        self.http.as_ref().map(|http| http.address)
+    }
+
+    /// Where MQTT is spoken, when this process has the role.
+    pub(crate) fn mqtt_address(&self) -> Option<SocketAddr> {
+        self.broker.as_ref().map(Broker::address)
+    }
+
+    /// The broker's metrics, when this process has the role.
+    pub(crate) fn broker_metrics(&self) -> Option<&broker::Metrics> {
+        self.broker.as_ref().map(Broker::metrics)
+    }
+
+    /// Stops in order: nobody new, batches committed and acknowledged, the database last.
+    pub(crate) async fn stop(self) {
+        tracing::info!("stopping");
+        if let Some(broker) = self.broker {
+            broker.stop().await;
+        }
+        if let Some(http) = self.http {
+            http.stop().await;
+        }
+        if let Some(worker) = self.worker {
+            worker.stop().await;
+        }
+        self.database.close().await;
+        tracing::info!("stopped");
+    }
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, CannotListen> {
+    TcpListener::bind(address).await.map_err(|error| CannotListen { address, error })
+}
+
+async fn start_broker(
+    config: &Config,
+    database: &Database,
+    keys: &Arc<Keys>,
+    clock: &Clock,
+    registry: &Registry,
+) -> Result<Broker, broker::StartError> {
+    Broker::start(Parts {
+        mqtt: config.mqtt.clone(),
+        ingest: config.ingest.clone(),
+        db: database.pool().clone(),
+        writer_options: database.options(),
+        keys: keys.clone(),
+        clock: clock.clone(),
+        registry: registry.clone(),
+    })
+    .await
+}
+
+/// The HTTP door, served by a task of its own.
+struct Http {
+    address: SocketAddr,
+    stop: CancellationToken,
+    serving: JoinHandle<std::io::Result<()>>,
+}
+
+fn start_http(
+    listener: TcpListener,
+    config: &Config,
+    database: &Database,
+    keys: Arc<Keys>,
+    clock: &Clock,
+    registry: &Registry,
+    broker: Option<&Broker>,
+) -> anyhow::Result<Http> {
+    let health = match broker.map(Broker::health) {
+        Some(writers) => Health::new().with("writers", move || {
+            let ready = if writers.is_ready() { Ok(()) } else { Err("cannot commit".to_owned()) };
+            std::future::ready(ready)
+        }),
+        None => Health::new(),
+    };
+    let app = App::new(
+        database.pool().clone(),
+        clock.clone(),
+        keys,
+        registry.clone(),
+        config.http.clone(),
+        config.auth.clone(),
+        health,
+    )?;
+    let address = listener.local_addr()?;
+    let stop = CancellationToken::new();
+    let serving = axum::serve(listener, api::router(app)).with_graceful_shutdown(stop.clone().cancelled_owned());
+    Ok(Http { address, stop, serving: tokio::spawn(serving.into_future()) })
+}
+
+impl Http {
+    async fn stop(mut self) {
+        self.stop.cancel();
+        if tokio::time::timeout(HTTP_STOP_WITHIN, &mut self.serving).await.is_err() {
+            tracing::warn!("some requests did not end in time");
+            self.serving.abort();
+        }
+    }
+}
+
+/// Housekeeping.
+struct Worker {
+    stop: CancellationToken,
+    sweeping: JoinHandle<()>,
+}
+
+impl Worker {
+    fn start(db: PgPool, config: Config, clock: Clock) -> Self {
+        let stop = CancellationToken::new();
+        let stopping = stop.clone();
+        let sweeping = tokio::spawn(async move {
+            let mut every = tokio::time::interval(SWEEP_EVERY);
+            loop {
+                tokio::select! {
+                    () = stopping.cancelled() => return,
+                    _ = every.tick() => {}
+                }
+                if let Err(error) = sweep(&db, &config, &clock).await {
+                    tracing::warn!(%error, "housekeeping failed; it is tried again in ten minutes");
+                }
+            }
+        });
+        Self { stop, sweeping }
+    }
+
+    async fn stop(self) {
+        self.stop.cancel();
+        // A sweep under way is a transaction: it is done or it is not.
+        self.sweeping.abort();
+    }
+}
+
+async fn sweep(db: &PgPool, config: &Config, clock: &Clock) -> fleet_core::Result<()> {
+    let mut db = db.acquire().await?;
+    retention::ensure_partitions(&mut db, clock.now()).await?;
+    let swept = retention::sweep(&mut db, &config.retention, clock.now()).await?;
+    tracing::debug!(?swept, "housekeeping done");
+    Ok(())
+}

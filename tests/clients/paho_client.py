@@ -1,0 +1,85 @@
+"""Publishes readings with Eclipse Paho and says what was acknowledged; subscribes and says what came.
+
+usage: paho_client.py HOST PORT USERNAME PASSWORD CLIENT_ID {311|5} {publish|subscribe|will} TOPIC COUNT
+Prints one JSON object a line.
+"""
+
+import json
+import os
+import sys
+import threading
+
+import paho.mqtt.client as mqtt
+
+PATIENCE_S = 20
+
+
+def say(**fact):
+    print(json.dumps(fact), flush=True)
+
+
+def connect(host, port, username, password, client_id, version, will=None):
+    protocol = mqtt.MQTTv5 if version == "5" else mqtt.MQTTv311
+    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol)
+    client.username_pw_set(username, password)
+    if will:
+        client.will_set(will, json.dumps({"state": "lost"}), qos=1, retain=True)
+    connected = threading.Event()
+    refused = []
+
+    def on_connect(_client, _userdata, _flags, reason, _properties):
+        if reason.is_failure:
+            refused.append(str(reason))
+        connected.set()
+
+    client.on_connect = on_connect
+    client.connect(host, int(port), keepalive=30)
+    client.loop_start()
+    if not connected.wait(PATIENCE_S):
+        sys.exit("no CONNACK")
+    if refused:
+        say(refused=refused[0])
+        sys.exit(3)
+    return client
+
+
+def publish(client, topic, count):
+    for seq in range(count):
+        reading = {"ts": 1763692212000 + seq, "seq": seq, "values": {"t": seq}}
+        sent = client.publish(topic, json.dumps(reading), qos=1)
+        sent.wait_for_publish(PATIENCE_S)
+        if sent.is_published():
+            say(acknowledged=seq)
+    client.disconnect()
+
+
+def subscribe(client, topic, count):
+    enough = threading.Event()
+    left = [count]
+
+    def on_message(_client, _userdata, message):
+        say(topic=message.topic, payload=message.payload.decode(), qos=message.qos)
+        left[0] -= 1
+        if left[0] <= 0:
+            enough.set()
+
+    client.on_message = on_message
+    client.on_subscribe = lambda _c, _u, _mid, reasons, _p: say(granted=[r.value for r in reasons])
+    client.subscribe(topic, qos=1)
+    if not enough.wait(PATIENCE_S):
+        sys.exit("messages are missing")
+    client.disconnect()
+
+
+def main():
+    host, port, username, password, client_id, version, action, topic, count = sys.argv[1:]
+    client = connect(host, port, username, password, client_id, version, topic if action == "will" else None)
+    if action == "publish":
+        publish(client, topic, int(count))
+    elif action == "subscribe":
+        subscribe(client, topic, int(count))
+    else:
+        os._exit(0)  # gone without a DISCONNECT
+
+
+main()

@@ -1,0 +1,289 @@
+//! A real server for a test: the binary itself, on a database of its own, on ports of its own.
+
+mod mqtt;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use fleet_core::testing::TestDb;
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+use sqlx::ConnectOptions;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::time::{Instant, timeout};
+
+pub(crate) use mqtt::{Answer, Mqtt};
+
+/// How long a condition may take to come true.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// The admin of every test server.
+pub(crate) const ADMIN: (&str, &str) = ("admin@example.com", "correct horse battery");
+
+/// A running server and its database.
+pub(crate) struct Fleet {
+    child: Child,
+    http: reqwest::Client,
+    url: String,
+    mqtt: SocketAddr,
+    token: String,
+    /// What the server listens on and lives on; kept for a second start.
+    settings: Vec<(String, String)>,
+    /// Dropped after the server.
+    _db: Option<TestDb>,
+    _data: tempfile::TempDir,
+}
+
+/// An enrolled device and its credential.
+#[derive(Clone, Debug)]
+pub(crate) struct Device {
+    pub(crate) id: String,
+    pub(crate) username: String,
+    pub(crate) password: String,
+}
+
+impl Device {
+    /// One of the device's own topics.
+    pub(crate) fn topic(&self, channel: &str) -> String {
+        format!("fleet/v1/{}/{channel}", self.username)
+    }
+}
+
+impl Fleet {
+    /// A server with the default settings.
+    pub(crate) async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// A server with some settings of its own: `("MUSTER__MQTT__MAX_SUBSCRIPTIONS", "3")`.
+    pub(crate) async fn start_with(settings: &[(&str, &str)]) -> Self {
+        let db = TestDb::new().await;
+        let url = ("MUSTER__DATABASE__URL".to_owned(), db.options().to_url_lossy().to_string());
+        let own = settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        Self::launch(std::iter::once(url).chain(own).collect(), Some(db)).await
+    }
+
+    /// A server on its embedded PostgreSQL.
+    pub(crate) async fn start_embedded() -> Self {
+        Self::launch(Vec::new(), None).await
+    }
+
+    async fn launch(settings: Vec<(String, String)>, db: Option<TestDb>) -> Self {
+        // The embedded database runs as another user, who must be able to reach its directory.
+        let data = tempfile::Builder::new().prefix("muster-journey-").tempdir_in("/tmp").expect("/tmp can be written");
+        let data_dir = ("MUSTER__DATA_DIR".to_owned(), data.path().join("data").display().to_string());
+        let mut settings: Vec<_> = std::iter::once(data_dir).chain(settings).collect();
+        let (child, url, mqtt) = spawn(&settings).await;
+        // A second start finds its clients again.
+        let address = url.trim_start_matches("http://").to_owned();
+        settings.push(("MUSTER__HTTP__LISTEN".into(), address));
+        settings.push(("MUSTER__MQTT__LISTEN".into(), mqtt.to_string()));
+        install_crypto();
+        let http = reqwest::Client::builder().timeout(PATIENCE).build().expect("a client without settings");
+        let mut fleet = Self { child, http, url, mqtt, token: String::new(), settings, _db: db, _data: data };
+        fleet.login().await;
+        fleet
+    }
+
+    async fn login(&mut self) {
+        let (email, password) = ADMIN;
+        let login = json!({ "email": email, "password": password });
+        let (status, answer) = self.call(Method::POST, "/api/v1/auth/login", Some(login)).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        answer["access_token"].as_str().expect("a token").clone_into(&mut self.token);
+    }
+
+    /// The directory the server keeps its state in.
+    pub(crate) fn data_dir(&self) -> PathBuf {
+        PathBuf::from(&self.settings[0].1)
+    }
+
+    /// Where MQTT is spoken.
+    pub(crate) fn mqtt_addr(&self) -> SocketAddr {
+        self.mqtt
+    }
+
+    /// Where REST answers.
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// The admin's access token.
+    pub(crate) fn token(&self) -> &str {
+        &self.token
+    }
+
+    /// The process id of the embedded PostgreSQL.
+    pub(crate) fn postmaster(&self) -> u32 {
+        let file = self.data_dir().join("postgres/data/postmaster.pid");
+        let text = std::fs::read_to_string(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+        text.lines().next().and_then(|pid| pid.trim().parse().ok()).expect("a pid in the first line")
+    }
+
+    /// The embedded PostgreSQL and all its children, the postmaster first.
+    pub(crate) fn postgres_processes(&self) -> Vec<u32> {
+        let postmaster = self.postmaster();
+        let children = std::fs::read_to_string(format!("/proc/{postmaster}/task/{postmaster}/children"));
+        let children = children.expect("the kernel lists the children of a process");
+        std::iter::once(postmaster).chain(children.split_whitespace().map(|pid| pid.parse().expect("a pid"))).collect()
+    }
+
+    /// Whether `/readyz` says that the server is of use.
+    pub(crate) async fn is_ready(&self) -> bool {
+        let answer = self.http.get(format!("{}/readyz", self.url)).send().await;
+        answer.is_ok_and(|answer| answer.status() == StatusCode::OK)
+    }
+
+    /// The process id of the server.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id().expect("the server runs")
+    }
+
+    // REST
+
+    /// Calls the REST API as the admin.
+    pub(crate) async fn call(&self, method: Method, path: &str, body: Option<Value>) -> (StatusCode, Value) {
+        let mut request = self.http.request(method, format!("{}{path}", self.url)).bearer_auth(&self.token);
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        let response = request.send().await.expect("the server answers");
+        let status = response.status();
+        let text = response.text().await.expect("the answer is whole");
+        (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    /// Reads a resource that must be there.
+    pub(crate) async fn get(&self, path: &str) -> Value {
+        let (status, answer) = self.call(Method::GET, path, None).await;
+        assert_eq!(status, StatusCode::OK, "{path}: {answer}");
+        answer
+    }
+
+    /// Enrols a device.
+    pub(crate) async fn enrol(&self, id: &str) -> Device {
+        let (status, answer) = self.call(Method::POST, "/api/v1/devices", Some(json!({ "id": id }))).await;
+        assert_eq!(status, StatusCode::CREATED, "{answer}");
+        let text = |name: &str| answer["credential"][name].as_str().expect(name).to_owned();
+        Device { id: id.to_owned(), username: text("username"), password: text("password") }
+    }
+
+    /// All readings of a metric: time and value.
+    pub(crate) async fn series(&self, device: &Device, metric: &str) -> Vec<(String, Value)> {
+        let path = format!("/api/v1/devices/{}/telemetry?metric={metric}&limit=10000", device.id);
+        let answer = self.get(&path).await;
+        let items = answer["items"].as_array().expect("items");
+        items.iter().map(|item| (item["ts"].as_str().expect("ts").to_owned(), item["value"].clone())).collect()
+    }
+
+    /// A metric's value, summed over its labels that contain `labels`.
+    pub(crate) async fn metric(&self, name: &str, labels: &str) -> f64 {
+        let response = self.http.get(format!("{}/metrics", self.url)).send().await.expect("metrics");
+        let text = response.text().await.expect("text");
+        let of_name = |line: &&str| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])) && line.contains(labels)
+        };
+        text.lines().filter(of_name).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+
+    /// Waits until `read` gives what is expected.
+    pub(crate) async fn eventually<T, F>(&self, mut read: impl FnMut() -> F, expected: impl Fn(&T) -> bool) -> T
+    where
+        T: std::fmt::Debug,
+        F: Future<Output = T>,
+    {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let value = read().await;
+            if expected(&value) {
+                return value;
+            }
+            assert!(Instant::now() < deadline, "still {value:?} after {PATIENCE:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    // MQTT
+
+    /// Connects a device, MQTT 5, clean.
+    pub(crate) async fn connect(&self, device: &Device) -> Mqtt {
+        Mqtt::connect(self.mqtt, &device.id, &device.username, &device.password).await.expect("the device may connect")
+    }
+
+    /// Connects the admin by its access token.
+    pub(crate) async fn connect_admin(&self, client_id: &str) -> Mqtt {
+        Mqtt::connect(self.mqtt, client_id, ADMIN.0, &self.token).await.expect("the admin may connect")
+    }
+
+    // The process
+
+    /// Stops the server with SIGTERM and waits for its end.
+    pub(crate) async fn stop(&mut self) -> std::process::ExitStatus {
+        signal(self.pid(), "TERM");
+        timeout(PATIENCE, self.child.wait()).await.expect("the server stops in time").expect("its status")
+    }
+
+    /// Kills the server without warning.
+    pub(crate) async fn kill(&mut self) {
+        self.child.kill().await.expect("the server runs");
+    }
+
+    /// Starts the server again on the same data, addresses and database.
+    pub(crate) async fn start_again(&mut self) {
+        let (child, url, mqtt) = spawn(&self.settings).await;
+        self.child = child;
+        self.url = url;
+        self.mqtt = mqtt;
+    }
+}
+
+/// Sends a signal to a process by its id.
+pub(crate) fn signal(pid: u32, name: &str) {
+    let sent = std::process::Command::new("kill").args([format!("-{name}"), pid.to_string()]).status();
+    assert!(sent.is_ok_and(|status| status.success()), "kill -{name} {pid}");
+}
+
+/// reqwest has no TLS provider of its own.
+pub(crate) fn install_crypto() {
+    // Another test of this process may have been first.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+}
+
+/// The program under test.
+pub(crate) fn muster() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_muster"));
+    for (key, _) in std::env::vars().filter(|(key, _)| key.starts_with("MUSTER") || key == "DATABASE_URL") {
+        command.env_remove(key);
+    }
+    command.kill_on_drop(true);
+    command
+}
+
+async fn spawn(settings: &[(String, String)]) -> (Child, String, SocketAddr) {
+    let mut child = muster()
+        .arg("serve")
+        .env("MUSTER__HTTP__LISTEN", "127.0.0.1:0")
+        .env("MUSTER__MQTT__LISTEN", "127.0.0.1:0")
+        .env("MUSTER_ADMIN_EMAIL", ADMIN.0)
+        .env("MUSTER_ADMIN_PASSWORD", ADMIN.1)
+        .envs(settings.iter().map(|(key, value)| (key, value)))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the binary is built");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let ready = async {
+        while let Some(line) = lines.next_line().await.expect("text") {
+            if let Some(ready) = line.strip_prefix("ready: ") {
+                return ready.to_owned();
+            }
+        }
+        panic!("the server ended before it was ready");
+    };
+    let ready = timeout(Duration::from_mins(1), ready).await.expect("the server is ready in time");
+    let (url, mqtt) = ready.split_once(' ').expect("two addresses");
+    let mqtt = mqtt.trim_start_matches("mqtt://").parse().expect("an address");
+    (child, url.to_owned(), mqtt)
+}

@@ -53,9 +53,10 @@ bench: setup ## Measure beside mosquitto, rumqttd and psql; writes docs/benchmar
 	$(IN_TARGET) cargo run --release --locked --manifest-path bench/Cargo.toml
 
 .PHONY: soak
-soak: setup ## The crash drill for long: kill server and PostgreSQL again and again under load
+ROUNDS ?= 20
+soak: setup ## The crash drill for long (ROUNDS=20): kill server and PostgreSQL again and again under load
 	cargo nextest run --locked --workspace --no-run
-	$(TARGET)/debug/with-postgres -- cargo nextest run --locked --workspace --profile soak --run-ignored only
+	MUSTER_SOAK_ROUNDS=$(ROUNDS) $(TARGET)/debug/with-postgres -- cargo nextest run --locked -p muster --profile soak --no-capture crash
 
 # What cargo-fuzz would pass; without a sanitizer, which safe Rust does not need, the stable compiler will do.
 HOST = $(shell rustc -vV | sed -n 's/host: //p')

@@ -79,10 +79,10 @@ install_paho() {
 
 # The JavaScript client of the journeys: exactly what its lock says.
 install_mqttjs() {
-    if ! cmp -s tests/js/package-lock.json tests/js/node_modules/.installed; then
-        say "installing MQTT.js into tests/js/node_modules"
-        npm ci --prefix tests/js --silent --no-audit --no-fund || fail "npm ci in tests/js failed"
-        cp tests/js/package-lock.json tests/js/node_modules/.installed
+    if ! cmp -s tests/clients/package-lock.json tests/clients/node_modules/.installed; then
+        say "installing MQTT.js into tests/clients/node_modules"
+        npm ci --prefix tests/clients --silent --no-audit --no-fund || fail "npm ci in tests/clients failed"
+        cp tests/clients/package-lock.json tests/clients/node_modules/.installed
     fi
 }
 

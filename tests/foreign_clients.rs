@@ -47,7 +47,7 @@ impl Client {
 
 /// The Python with Paho that `make setup` installs.
 fn python() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("target/test-clients/bin/python")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("target/venv/bin/python")
 }
 
 fn as_device(device: &Device) -> (&str, &str, &str) {

@@ -42,10 +42,8 @@ prepare: setup ## Check all SQL against the migrations and renew .sqlx/
 	scripts/sql.sh prepare
 
 .PHONY: openapi
-openapi: ## Write the API's description to docs/reference/openapi.json
-	@mkdir -p docs/reference
-	cargo run --locked --quiet -- openapi > $(TARGET)/openapi.json
-	@mv $(TARGET)/openapi.json docs/reference/openapi.json
+openapi: ## Renew the API's description, api/openapi.json
+	cargo run --locked --quiet -p api --example openapi
 
 .PHONY: bench
 bench: setup ## Measure beside mosquitto, rumqttd and psql; writes docs/benchmarks.md (half an hour)

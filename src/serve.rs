@@ -28,6 +28,8 @@ use crate::settings::{self, Loaded};
 
 /// How often partitions are made ahead and old days dropped.
 const SWEEP_EVERY: Duration = Duration::from_mins(10);
+/// How long a sweep under way may take to end when the server stops.
+const SWEEP_STOP_WITHIN: Duration = Duration::from_secs(5);
 /// How long requests under way may take to end when the server stops.
 const HTTP_STOP_WITHIN: Duration = Duration::from_secs(5);
 
@@ -270,10 +272,12 @@ impl Worker {
         Self { stop, sweeping }
     }
 
-    async fn stop(self) {
+    async fn stop(mut self) {
         self.stop.cancel();
-        // A sweep under way is a transaction: it is done or it is not.
-        self.sweeping.abort();
+        if tokio::time::timeout(SWEEP_STOP_WITHIN, &mut self.sweeping).await.is_err() {
+            // Each of its statements is done or is not; the next start goes on where this one ended.
+            self.sweeping.abort();
+        }
     }
 }
 

@@ -28,7 +28,7 @@ pub const LOCK_TIMEOUT_MS: u64 = 1_000;
 pub const DELETE_ROWS: i64 = 10_000;
 
 /// Statements a sweep spends on each kind of row; what is left waits for the next sweep.
-pub const DELETE_ROUNDS: usize = 100;
+pub const DELETE_ROUNDS: u32 = 100;
 
 /// Attempts at a partition when others are in the way.
 const ATTEMPTS: usize = 5;
@@ -252,36 +252,44 @@ async fn drop_leftovers(db: &mut PgConnection) -> Result<()> {
     Ok(())
 }
 
-/// Deletes a bounded number of rows at a time, and a bounded number of times; sets `unfinished` when that was not
-/// enough.
-async fn in_rounds(unfinished: &mut bool, mut delete: impl AsyncFnMut() -> Result<u64, sqlx::Error>) -> Result<u64> {
-    let mut gone = 0;
-    for _ in 0..DELETE_ROUNDS {
-        let now_gone = delete().await?;
-        gone += now_gone;
-        if now_gone < DELETE_ROWS.unsigned_abs() {
-            return Ok(gone);
-        }
+/// A delete of a bounded number of rows at a time, and a bounded number of times.
+#[derive(Default)]
+struct Rounds {
+    done: u32,
+    gone: u64,
+    unfinished: bool,
+}
+
+impl Rounds {
+    /// Whether another round is due after one that removed so many rows.
+    fn again(&mut self, gone: u64) -> bool {
+        self.done += 1;
+        self.gone += gone;
+        let more = gone >= DELETE_ROWS.unsigned_abs();
+        self.unfinished = more && self.done >= DELETE_ROUNDS;
+        more && !self.unfinished
     }
-    *unfinished = true;
-    Ok(gone)
 }
 
 /// Readings of the default partition whose day would have been dropped.
 async fn sweep_late(db: &mut PgConnection, retention: &Retention, now: DateTime<Utc>, swept: &mut Swept) -> Result<()> {
     let keep_from = midnight(now.date_naive() - Days::new(u64::from(retention.telemetry_days)));
-    swept.late_readings += in_rounds(&mut swept.unfinished, async || {
-        sqlx::query!(
+    let mut rounds = Rounds::default();
+    loop {
+        let done = sqlx::query!(
             "delete from telemetry_default
               where ctid = any(array(select ctid from telemetry_default where ts < $1 limit $2))",
             keep_from,
             DELETE_ROWS,
         )
         .execute(&mut *db)
-        .await
-        .map(|done| done.rows_affected())
-    })
-    .await?;
+        .await?;
+        if !rounds.again(done.rows_affected()) {
+            break;
+        }
+    }
+    swept.late_readings += rounds.gone;
+    swept.unfinished |= rounds.unfinished;
     Ok(())
 }
 
@@ -292,17 +300,21 @@ async fn sweep_dead_letters(
     swept: &mut Swept,
 ) -> Result<()> {
     let keep_from = now - Days::new(u64::from(retention.dead_letter_days));
-    swept.dead_letters += in_rounds(&mut swept.unfinished, async || {
-        sqlx::query!(
+    let mut rounds = Rounds::default();
+    loop {
+        let done = sqlx::query!(
             "delete from dead_letter where id = any(array(select id from dead_letter where received_at < $1 limit $2))",
             keep_from,
             DELETE_ROWS,
         )
         .execute(&mut *db)
-        .await
-        .map(|done| done.rows_affected())
-    })
-    .await?;
+        .await?;
+        if !rounds.again(done.rows_affected()) {
+            break;
+        }
+    }
+    swept.dead_letters += rounds.gone;
+    swept.unfinished |= rounds.unfinished;
     let excess = sqlx::query!(
         r#"
         select t.key, last.id as "id!" from tenant t
@@ -314,8 +326,9 @@ async fn sweep_dead_letters(
     .fetch_all(&mut *db)
     .await?;
     for tenant in excess {
-        swept.dead_letters += in_rounds(&mut swept.unfinished, async || {
-            sqlx::query!(
+        let mut rounds = Rounds::default();
+        loop {
+            let done = sqlx::query!(
                 "delete from dead_letter
                   where id = any(array(select id from dead_letter where tenant_key = $1 and id <= $2 limit $3))",
                 tenant.key,
@@ -323,27 +336,34 @@ async fn sweep_dead_letters(
                 DELETE_ROWS,
             )
             .execute(&mut *db)
-            .await
-            .map(|done| done.rows_affected())
-        })
-        .await?;
+            .await?;
+            if !rounds.again(done.rows_affected()) {
+                break;
+            }
+        }
+        swept.dead_letters += rounds.gone;
+        swept.unfinished |= rounds.unfinished;
     }
     Ok(())
 }
 
 async fn sweep_idempotency(db: &mut PgConnection, now: DateTime<Utc>, swept: &mut Swept) -> Result<()> {
     let keep_from = now - TimeDelta::hours(IDEMPOTENCY_HOURS);
-    swept.idempotency += in_rounds(&mut swept.unfinished, async || {
-        sqlx::query!(
+    let mut rounds = Rounds::default();
+    loop {
+        let done = sqlx::query!(
             "delete from idempotency
               where ctid = any(array(select ctid from idempotency where created_at < $1 limit $2))",
             keep_from,
             DELETE_ROWS,
         )
         .execute(&mut *db)
-        .await
-        .map(|done| done.rows_affected())
-    })
-    .await?;
+        .await?;
+        if !rounds.again(done.rows_affected()) {
+            break;
+        }
+    }
+    swept.idempotency += rounds.gone;
+    swept.unfinished |= rounds.unfinished;
     Ok(())
 }

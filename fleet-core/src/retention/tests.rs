@@ -275,19 +275,15 @@ async fn answers_for_repeated_requests_go_after_a_day() {
     assert_eq!(left, ["new"]);
 }
 
-#[tokio::test]
-async fn a_sweep_is_bounded_and_says_when_there_is_more() {
+#[test]
+fn a_sweep_is_bounded_and_says_when_there_is_more() {
     let full = DELETE_ROWS.unsigned_abs();
-    let mut unfinished = false;
-    let gone = in_rounds(&mut unfinished, async || Ok(full)).await.unwrap();
-    assert_eq!((gone, unfinished), (full * DELETE_ROUNDS as u64, true));
-    let (mut unfinished, mut rounds) = (false, 0);
-    let gone = in_rounds(&mut unfinished, async || {
-        rounds += 1;
-        Ok(if rounds == 3 { 7 } else { full })
-    });
-    assert_eq!(gone.await.unwrap(), 2 * full + 7);
-    assert!(!unfinished);
+    let mut rounds = Rounds::default();
+    while rounds.again(full) {}
+    assert_eq!((rounds.gone, rounds.unfinished), (full * u64::from(DELETE_ROUNDS), true));
+    let mut rounds = Rounds::default();
+    assert!(rounds.again(full) && rounds.again(full) && !rounds.again(7));
+    assert_eq!((rounds.gone, rounds.unfinished), (2 * full + 7, false));
 }
 
 #[test]

@@ -267,7 +267,7 @@ mod tests {
         assert_eq!((args.load.devices, args.load.duration), (7, Duration::from_mins(2)));
         assert!(!format!("{args:?}").contains("\"x\""), "{args:?}");
         let verify = parse("verify some-file --url http://h:1").unwrap();
-        assert!(matches!(verify.command, Some(Command::Verify { file, .. }) if file == "some-file"));
+        assert!(matches!(verify.command, Some(Command::Verify { file, .. }) if *file == *"some-file"));
         for wrong in ["--duration 5", "--duration 5w", "--devices many", "--nosuch", "verify", "--json verify f"] {
             assert_eq!(parse(wrong).unwrap_err().exit_code(), i32::from(USAGE), "{wrong}");
         }

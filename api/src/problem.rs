@@ -18,6 +18,9 @@ pub(crate) const BOUNDS: [&str; 6] =
 /// When to come back after a 429 or 503, in seconds.
 const RETRY_AFTER_S: u32 = 1;
 
+/// PostgreSQL's code for a statement that was stopped, by its `statement_timeout` for one.
+const QUERY_CANCELED: &str = "57014";
+
 /// Why a request failed.
 #[derive(Debug, Clone)]
 pub(crate) struct Problem {
@@ -180,6 +183,9 @@ impl From<Error> for Problem {
             Error::Invalid(_) => (400, "invalid"),
             Error::BadId(_) => (400, "bad-id"),
             Error::Busy(_) => (429, "busy"),
+            Error::Database(sqlx::Error::Database(cause)) if cause.code().as_deref() == Some(QUERY_CANCELED) => {
+                return Self::new(503, "timeout", "the database took too long: ask for less at once");
+            }
             Error::Database(cause) if is_away(cause) => return Self::database_away(cause),
             Error::SchemaTooNew { .. }
             | Error::Postgres(_)

@@ -10,7 +10,7 @@ use fleet_core::config::{Auth, Http};
 use fleet_core::token::Keys;
 use fleet_core::user::Logins;
 use prometheus::Registry;
-use sqlx::PgPool;
+use sqlx::{PgPool, Postgres, Transaction};
 
 use crate::metrics::Metrics;
 
@@ -49,6 +49,15 @@ impl App {
         let logins = Logins::new(auth.login_concurrency);
         let (http, auth) = (Arc::new(http), Arc::new(auth));
         Ok(Self { db, clock, keys, logins, registry, metrics, health, http, auth })
+    }
+
+    /// A transaction whose statements end when the request does: else each search that was given up would keep a
+    /// connection busy.
+    pub(crate) async fn begin(&self) -> Result<Transaction<'static, Postgres>, sqlx::Error> {
+        let mut tx = self.db.begin().await?;
+        let limit = format!("{}ms", self.http.request_timeout_ms);
+        sqlx::query_scalar!("select set_config('statement_timeout', $1, true)", limit).fetch_one(&mut *tx).await?;
+        Ok(tx)
     }
 }
 

@@ -123,7 +123,7 @@ pub(crate) async fn issue(
     once: Once,
     MaybeJson(request): MaybeJson<Issue>,
 ) -> Result<Response, Problem> {
-    let mut tx = app.db.begin().await?;
+    let mut tx = app.begin().await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
         Err(replayed) => return Ok(repeated(&id, replayed)),
@@ -166,7 +166,7 @@ pub(crate) async fn rotate(
     once: Once,
     MaybeJson(request): MaybeJson<Rotate>,
 ) -> Result<Response, Problem> {
-    let mut tx = app.db.begin().await?;
+    let mut tx = app.begin().await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
         Err(replayed) => return Ok(repeated(&id, replayed)),
@@ -201,7 +201,7 @@ pub(crate) async fn revoke(
     caller: Can<CredentialsManage>,
     Path((id, credential)): Path<(DeviceId, CredentialId)>,
 ) -> Result<StatusCode, Problem> {
-    let mut tx = app.db.begin().await?;
+    let mut tx = app.begin().await?;
     credential::revoke(&mut tx, caller.tenant, &id, credential, app.clock.now()).await?;
     tx.commit().await?;
     Ok(StatusCode::NO_CONTENT)

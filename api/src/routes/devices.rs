@@ -215,7 +215,7 @@ pub(crate) async fn enrol(
     once: Once,
     Json(request): Json<Enrol>,
 ) -> Result<Response, Problem> {
-    let mut tx = app.db.begin().await?;
+    let mut tx = app.begin().await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
         Err(replayed) => return Ok(repeated(replayed)),
@@ -348,7 +348,7 @@ pub(crate) async fn list(
     caller: Can<DevicesRead>,
     Query(query): Query<List>,
 ) -> Result<Json<Page<DeviceBody>>, Problem> {
-    let mut db = app.db.acquire().await?;
+    let mut db = app.begin().await?;
     let page = device::page(&mut db, caller.tenant, &query.filter, query.after.as_ref(), query.limit).await?;
     let keys = page.items.iter().map(|device| device.key).collect::<Vec<_>>();
     let mut statuses = status::of(&mut db, &keys).await?;
@@ -380,7 +380,7 @@ pub(crate) async fn read(
     Path(id): Path<DeviceId>,
     conditions: Conditions,
 ) -> Result<Response, Problem> {
-    let mut db = app.db.acquire().await?;
+    let mut db = app.begin().await?;
     let device = device::find(&mut db, caller.tenant, &id).await?;
     let body = with_status(&mut db, device).await?;
     let tag = body.tag();
@@ -454,7 +454,7 @@ pub(crate) async fn change(
 ) -> Result<Response, Problem> {
     let Change { r#type: kind, group, labels, gateway, disabled } = change;
     let patch = Patch { kind, group, labels, gateway, disabled };
-    let mut tx = app.db.begin().await?;
+    let mut tx = app.begin().await?;
     let now = app.clock.now();
     let device = device::update(&mut tx, caller.tenant, &id, &patch, &conditions.versions(), now).await?;
     let body = with_status(&mut tx, device).await?;
@@ -484,7 +484,7 @@ pub(crate) async fn delete(
     Path(id): Path<DeviceId>,
     conditions: Conditions,
 ) -> Result<StatusCode, Problem> {
-    let mut tx = app.db.begin().await?;
+    let mut tx = app.begin().await?;
     device::delete(&mut tx, caller.tenant, &id, &conditions.versions(), app.clock.now()).await?;
     tx.commit().await?;
     Ok(StatusCode::NO_CONTENT)

@@ -218,7 +218,7 @@ pub(crate) async fn series(
     Query(series): Query<Series>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let mut db = app.db.acquire().await?;
+    let mut db = app.begin().await?;
     let key = device::key(&mut db, caller.tenant, &id).await?;
     let to = series.to.unwrap_or_else(|| app.clock.now() + TimeDelta::days(1));
     let page = match series.bucket {
@@ -368,7 +368,7 @@ pub(crate) async fn latest(
     caller: Can<TelemetryRead>,
     Path(id): Path<DeviceId>,
 ) -> Result<Json<Page<LatestValue>>, Problem> {
-    let mut db = app.db.acquire().await?;
+    let mut db = app.begin().await?;
     let key = device::key(&mut db, caller.tenant, &id).await?;
     let values = latest::latest(&mut db, key).await?;
     let item = |latest::LatestValue { metric, ts, value }| LatestValue { metric, ts, value };

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use api::Health;
 use axum::body::Body;
@@ -78,6 +79,26 @@ async fn an_answer_that_takes_too_long_is_not_waited_for() {
     let late = api.anonymous("POST", "/api/v1/auth/login").json(&body).send().await.problem(503, "timeout");
     assert_eq!(late.header("retry-after"), "1");
     assert!(api.metric("muster_http_problems_total{type=\"timeout\"}").await > 0.5);
+}
+
+#[tokio::test]
+async fn a_search_that_was_given_up_does_not_go_on() {
+    let mut setup = Setup::default();
+    setup.config.http.request_timeout_ms = 2000;
+    let api = Api::with(setup).await;
+    let mut lock = api.db.pool().begin().await.unwrap();
+    sqlx::query("lock table device in access exclusive mode").execute(&mut *lock).await.unwrap();
+    let waiting = async |wanted: i64| {
+        let count =
+            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while sqlx::query_scalar::<_, i64>(count).fetch_one(api.db.pool()).await.unwrap() != wanted {
+            assert!(Instant::now() < deadline, "expected {wanted} statements waiting for the lock");
+        }
+    };
+    let (late, ()) = tokio::join!(api.get("/api/v1/devices"), waiting(1));
+    late.problem(503, "timeout");
+    waiting(0).await;
 }
 
 #[tokio::test]

@@ -293,6 +293,7 @@ pub async fn find_child(db: &mut PgConnection, gateway: DeviceKey, child: &Devic
 }
 
 /// At most `limit` (itself at most [`MAX_PAGE`]) of the devices that `filter` asks for, beginning behind the id `after`.
+/// To be called in a transaction.
 pub async fn page(
     db: &mut PgConnection,
     tenant: TenantKey,
@@ -301,6 +302,8 @@ pub async fn page(
     limit: usize,
 ) -> Result<Page> {
     let limit = limit.clamp(1, MAX_PAGE);
+    // One plan for all filters would read and sort the whole fleet for each page: 180 ms instead of 0.1 at 100,000 devices.
+    sqlx::query!("set local plan_cache_mode = force_custom_plan").execute(&mut *db).await?;
     let mut ids = sqlx::query_scalar!(
         "
         select d.id

@@ -4,4 +4,5 @@ mod architecture;
 mod crash;
 mod foreign_clients;
 mod harness;
+mod hostile;
 mod readings;

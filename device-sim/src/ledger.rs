@@ -162,7 +162,8 @@ impl Ledger {
         if number == 0 { Err(bad("the file is empty".into())) } else { Ok(ledger) }
     }
 
-    /// Reads every device back and compares; `progress` is told how many devices are done. Takes the memory of a few devices' readings at a time.
+    /// Reads every device back and compares; `progress` is told how many devices are done. Takes the memory of a
+    /// few devices' readings at a time.
     ///
     /// # Errors
     /// As [`Client::readings`].

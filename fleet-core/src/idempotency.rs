@@ -14,7 +14,7 @@ use crate::id::{TenantKey, UserId};
 
 /// Longest key, in characters.
 pub const MAX_KEY_CHARS: usize = 255;
-/// How long an answer is kept.
+/// How long an answer is kept; [`crate::retention`] sweeps what is older.
 pub const KEPT: TimeDelta = TimeDelta::days(1);
 
 /// Whose key it is: two users may use the same one.
@@ -111,12 +111,6 @@ pub async fn finish(db: &mut PgConnection, key: &Key, answer: &Answer) -> Result
     Ok(())
 }
 
-/// Forgets answers past their time; says how many.
-pub async fn forget(db: &mut PgConnection, now: DateTime<Utc>) -> Result<u64> {
-    let gone = sqlx::query!("delete from idempotency where created_at <= $1", now - KEPT).execute(db).await?;
-    Ok(gone.rows_affected())
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -156,16 +150,6 @@ mod tests {
         tx.rollback().await.unwrap();
         let mut db = db.pool().acquire().await.unwrap();
         assert_eq!(begin(&mut db, &key, b"two", from_ms(NOON)).await.unwrap(), None);
-    }
-
-    #[tokio::test]
-    async fn old_answers_are_forgotten() {
-        let db = TestDb::new().await;
-        let key = Key::new(db.tenant(), UserId::new(), "k").unwrap();
-        let mut conn = db.pool().acquire().await.unwrap();
-        begin(&mut conn, &key, b"one", from_ms(NOON)).await.unwrap();
-        assert_eq!(forget(&mut conn, from_ms(NOON) + KEPT - TimeDelta::seconds(1)).await.unwrap(), 0);
-        assert_eq!(forget(&mut conn, from_ms(NOON) + KEPT).await.unwrap(), 1);
     }
 
     #[test]

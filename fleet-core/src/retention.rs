@@ -11,12 +11,13 @@ mod tests;
 
 use std::collections::BTreeMap;
 
-use chrono::{DateTime, Days, NaiveDate, NaiveTime, TimeDelta, Utc};
+use chrono::{DateTime, Days, NaiveDate, NaiveTime, Utc};
 use serde::Serialize;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 
 use crate::Result;
 use crate::config::Retention;
+use crate::idempotency;
 
 /// Days that have their partition before they begin.
 pub const DAYS_AHEAD: u64 = 7;
@@ -32,9 +33,6 @@ pub const DELETE_ROUNDS: u32 = 100;
 
 /// Attempts at a partition when others are in the way.
 const ATTEMPTS: usize = 5;
-
-/// How long the answers to an `Idempotency-Key` are kept.
-const IDEMPOTENCY_HOURS: i64 = 24;
 
 /// Why a day is dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -348,7 +346,7 @@ async fn sweep_dead_letters(
 }
 
 async fn sweep_idempotency(db: &mut PgConnection, now: DateTime<Utc>, swept: &mut Swept) -> Result<()> {
-    let keep_from = now - TimeDelta::hours(IDEMPOTENCY_HOURS);
+    let keep_from = now - idempotency::KEPT;
     let mut rounds = Rounds::default();
     loop {
         let done = sqlx::query!(

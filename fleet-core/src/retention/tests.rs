@@ -1,5 +1,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use chrono::TimeDelta;
+
 use super::*;
 use crate::clock::from_ms;
 use crate::dead_letter::{self, DeadLetter};

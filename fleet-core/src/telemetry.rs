@@ -292,14 +292,18 @@ async fn recall_clamped(db: &mut PgConnection, batch: &mut Batch) -> Result<()> 
         sent_at.push(from_ms(*sent_at_ms));
     }
     let newest = batch.sent_at.iter().map(|(row, _)| batch.received_ms[*row]).max().unwrap_or_default();
+    // `offset 0` keeps the order from being asked of the key: along it, a device's whole week would be searched.
     let known = sqlx::query!(
         r#"
         select u.nth as "nth!", first.ts as "ts!"
           from unnest($1::bigint[], $2::bigint[], $3::timestamptz[]) with ordinality as u (device, seq, sent_at, nth)
     cross join lateral (
+               select min(known.ts) as ts from (
                select t.ts from telemetry t
                 where t.device_key = u.device and t.sent_at = u.sent_at and t.seq = u.seq and t.ts >= $4
-             order by t.ts limit 1) first
+                  and t.sent_at is not null
+               offset 0) known) first
+         where first.ts is not null
         "#,
         &device,
         &seq,

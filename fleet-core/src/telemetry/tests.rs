@@ -371,6 +371,38 @@ async fn buckets_hold_what_fell_into_them() {
     }
 }
 
+/// The examples between two strings, each up to the next `end`.
+fn examples(text: &'static str, begin: &'static str, end: &'static str) -> impl Iterator<Item = &'static str> {
+    text.split(begin).skip(1).filter_map(move |rest| rest.split(end).next())
+}
+
+#[test]
+fn the_examples_for_device_authors_are_right() {
+    let page = include_str!("../../../docs/reference/payloads.md");
+    let accepted: Vec<_> = examples(page, "```json telemetry\n", "```").collect();
+    assert_eq!(accepted.len(), 3);
+    for payload in accepted {
+        assert!(!decoded(payload).is_empty());
+    }
+    let reported: Vec<_> = examples(page, "```json status\n", "```").collect();
+    assert_eq!(reported.len(), 3);
+    for payload in reported {
+        crate::status::Change::decode(DEVICE, payload.as_bytes(), NOW).unwrap();
+    }
+    let reasons = page.split("| reason | for example |").nth(1).and_then(|rest| rest.split("\n\n").next()).unwrap();
+    let examples: Vec<_> =
+        reasons.lines().flat_map(|line| examples_in_code(line.rsplit("| ").next().unwrap())).collect();
+    assert_eq!(examples.len(), 8, "{examples:?}");
+    for payload in examples {
+        refused(payload);
+    }
+}
+
+/// What stands in `backticks`.
+fn examples_in_code(line: &str) -> impl Iterator<Item = &str> {
+    line.split('`').skip(1).step_by(2)
+}
+
 /// Any JSON value, strange names and texts included.
 fn any_json() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![

@@ -31,6 +31,9 @@ pub const DELETE_ROWS: i64 = 10_000;
 /// Statements a sweep spends on each kind of row; what is left waits for the next sweep.
 pub const DELETE_ROUNDS: u32 = 100;
 
+/// Longest time anything is kept, in days: a thousand years. More in the settings means the same.
+const MAX_DAYS: u32 = 365_000;
+
 /// Attempts at a partition when others are in the way.
 const ATTEMPTS: usize = 5;
 
@@ -103,7 +106,7 @@ impl Partitions {
     /// What the settings drop next; today's day and later ones are never dropped for their size.
     fn next(&self, retention: &Retention, now: DateTime<Utc>) -> Option<DayDrop> {
         let (day, bytes) = self.days.first_key_value().map(|(day, bytes)| (*day, *bytes))?;
-        let ages_at = midnight(day + Days::new(1 + u64::from(retention.telemetry_days)));
+        let ages_at = midnight(day + Days::new(1) + days(retention.telemetry_days));
         let too_much = retention.telemetry_max_bytes > 0 && self.total_bytes > retention.telemetry_max_bytes;
         if ages_at > now && too_much && day < now.date_naive() {
             return Some(DayDrop { day, bytes, why: Why::Size, at: now });
@@ -119,6 +122,10 @@ fn table_of(day: NaiveDate) -> String {
 fn day_of(table: &str) -> Option<NaiveDate> {
     let day = NaiveDate::parse_from_str(table.strip_prefix("telemetry_")?, "%Y%m%d").ok()?;
     (table_of(day) == table).then_some(day)
+}
+
+fn days(setting: u32) -> Days {
+    Days::new(u64::from(setting.min(MAX_DAYS)))
 }
 
 fn midnight(day: NaiveDate) -> DateTime<Utc> {
@@ -271,7 +278,7 @@ impl Rounds {
 
 /// Readings of the default partition whose day would have been dropped.
 async fn sweep_late(db: &mut PgConnection, retention: &Retention, now: DateTime<Utc>, swept: &mut Swept) -> Result<()> {
-    let keep_from = midnight(now.date_naive() - Days::new(u64::from(retention.telemetry_days)));
+    let keep_from = midnight(now.date_naive() - days(retention.telemetry_days));
     let mut rounds = Rounds::default();
     loop {
         let done = sqlx::query!(
@@ -297,7 +304,7 @@ async fn sweep_dead_letters(
     now: DateTime<Utc>,
     swept: &mut Swept,
 ) -> Result<()> {
-    let keep_from = now - Days::new(u64::from(retention.dead_letter_days));
+    let keep_from = now - days(retention.dead_letter_days);
     let mut rounds = Rounds::default();
     loop {
         let done = sqlx::query!(

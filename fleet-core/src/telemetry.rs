@@ -26,7 +26,7 @@ use crate::clock::from_ms;
 use crate::id::{DeviceKey, TenantKey};
 
 pub use self::decode::{MAX_METRIC_NAME_BYTES, MAX_VALUE_DEPTH};
-pub use self::series::{Bucket, MAX_BUCKETS, MAX_POINTS, Order, Point, Query, buckets, points};
+pub use self::series::{Bucket, MAX_BUCKETED, MAX_BUCKETS, MAX_POINTS, Order, Point, Query, buckets, points};
 pub(crate) use self::series::{metrics_of, number};
 use self::shape::Interner;
 pub use self::shape::Shapes;

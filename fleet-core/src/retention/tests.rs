@@ -288,6 +288,21 @@ fn a_sweep_is_bounded_and_says_when_there_is_more() {
     assert_eq!((rounds.gone, rounds.unfinished), (2 * full + 7, false));
 }
 
+#[tokio::test]
+async fn what_is_kept_for_ever_is_never_dropped() {
+    let db = TestDb::new().await;
+    let mut conn = db.pool().acquire().await.unwrap();
+    ensure_partitions(&mut conn, now()).await.unwrap();
+    let always = Retention {
+        telemetry_days: u32::MAX,
+        telemetry_max_bytes: u64::MAX,
+        dead_letter_days: u32::MAX,
+        dead_letter_max_rows: i64::MAX,
+    };
+    assert_eq!(sweep(&mut conn, &always, now()).await.unwrap(), Swept::default());
+    assert_eq!(next_drop(&mut conn, &always, now()).await.unwrap().map(|next| next.day), Some(day(-1)));
+}
+
 #[test]
 fn only_names_made_here_are_days() {
     assert_eq!(day_of("telemetry_20261121"), NaiveDate::from_ymd_opt(2026, 11, 21));

@@ -3,13 +3,15 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
 use sqlx::postgres::types::PgInterval;
 
+use super::MAX_TS_MS;
 use super::shape::Kind;
+use crate::clock::from_ms;
 use crate::id::DeviceKey;
 use crate::{Error, Result};
 
@@ -18,6 +20,9 @@ pub const MAX_POINTS: i64 = 10_000;
 
 /// Most buckets of one answer.
 pub const MAX_BUCKETS: i64 = 10_000;
+
+/// Numbers further from zero are left out of buckets: their mean has no double.
+pub const MAX_BUCKETED: f64 = 1e100;
 
 /// By time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize)]
@@ -62,7 +67,7 @@ pub struct Point {
     pub values: Map<String, Value>,
 }
 
-/// A stretch of time of one metric; only its numbers and booleans (as 0 and 1) count.
+/// A stretch of time of one metric; only its numbers (within ±[`MAX_BUCKETED`]) and booleans (as 0 and 1) count.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Bucket {
     /// When it begins; buckets are counted from the epoch.
@@ -114,12 +119,22 @@ pub async fn points(db: &mut PgConnection, query: &Query) -> Result<Vec<Point>> 
     }
 }
 
-/// The open end of a keyset page: where none is given, one that excludes nothing in range.
-fn after(query: &Query) -> (DateTime<Utc>, i64) {
-    query.after.unwrap_or(match query.order {
-        Order::Asc => (query.from - chrono::TimeDelta::milliseconds(1), i64::MAX),
-        Order::Desc => (query.to, i64::MIN),
-    })
+/// The nearest time a reading may have, or just past it: PostgreSQL's calendar is shorter than chrono's.
+fn within_calendar(ts: DateTime<Utc>) -> DateTime<Utc> {
+    ts.clamp(from_ms(0), from_ms(MAX_TS_MS + 1))
+}
+
+impl Query {
+    /// Both ends of the time, and the open end of a keyset page; where none is given, one that excludes nothing.
+    fn range(&self) -> (DateTime<Utc>, DateTime<Utc>, (DateTime<Utc>, i64)) {
+        let (from, to) = (within_calendar(self.from), within_calendar(self.to));
+        let after = match (self.after, self.order) {
+            (Some((ts, seq)), _) => (within_calendar(ts), seq),
+            (None, Order::Asc) => (from - TimeDelta::milliseconds(1), i64::MAX),
+            (None, Order::Desc) => (to, i64::MIN),
+        };
+        (from, to, after)
+    }
 }
 
 struct WholeRow {
@@ -132,7 +147,7 @@ struct WholeRow {
 }
 
 async fn whole(db: &mut PgConnection, query: &Query) -> Result<Vec<Point>> {
-    let (after_ts, after_seq) = after(query);
+    let (from, to, (after_ts, after_seq)) = query.range();
     let limit = query.limit.clamp(0, MAX_POINTS);
     let rows = match query.order {
         Order::Asc => {
@@ -144,8 +159,8 @@ async fn whole(db: &mut PgConnection, query: &Query) -> Result<Vec<Point>> {
               order by ts, seq limit $6
                 ",
                 query.device.0,
-                query.from,
-                query.to,
+                from,
+                to,
                 after_ts,
                 after_seq,
                 limit,
@@ -162,8 +177,8 @@ async fn whole(db: &mut PgConnection, query: &Query) -> Result<Vec<Point>> {
               order by ts desc, seq desc limit $6
                 ",
                 query.device.0,
-                query.from,
-                query.to,
+                from,
+                to,
                 after_ts,
                 after_seq,
                 limit,
@@ -202,7 +217,7 @@ struct MetricRow {
 /// Readings are read along their key, and the shape of each by its own. To find the shapes with the metric first would be
 /// quicker with a few of them and a thousand times slower with ten thousand, which a tenant may have.
 async fn one_metric(db: &mut PgConnection, query: &Query, metric: &str) -> Result<Vec<Point>> {
-    let (after_ts, after_seq) = after(query);
+    let (from, to, (after_ts, after_seq)) = query.range();
     let limit = query.limit.clamp(0, MAX_POINTS);
     let rows = match query.order {
         Order::Asc => {
@@ -218,8 +233,8 @@ async fn one_metric(db: &mut PgConnection, query: &Query, metric: &str) -> Resul
                 "#,
                 query.device.0,
                 metric,
-                query.from,
-                query.to,
+                from,
+                to,
                 after_ts,
                 after_seq,
                 limit,
@@ -240,8 +255,8 @@ async fn one_metric(db: &mut PgConnection, query: &Query, metric: &str) -> Resul
                 "#,
                 query.device.0,
                 metric,
-                query.from,
-                query.to,
+                from,
+                to,
                 after_ts,
                 after_seq,
                 limit,
@@ -278,9 +293,10 @@ pub async fn buckets(
     to: DateTime<Utc>,
     bucket: Duration,
 ) -> Result<Vec<Bucket>> {
+    let (from, to) = (within_calendar(from), within_calendar(to));
     let bucket_ms = i64::try_from(bucket.as_millis()).unwrap_or(i64::MAX);
-    if bucket_ms == 0 || !bucket.subsec_nanos().is_multiple_of(1_000_000) || bucket_ms > i64::MAX / 1_000 {
-        return Err(Error::Invalid("bucket: expected a whole number of milliseconds, at least 1".to_owned()));
+    if !(1..=MAX_TS_MS).contains(&bucket_ms) || !bucket.subsec_nanos().is_multiple_of(1_000_000) {
+        return Err(Error::Invalid(format!("bucket: expected a whole number of milliseconds from 1 to {MAX_TS_MS}")));
     }
     if (to - from).num_milliseconds() / bucket_ms >= MAX_BUCKETS {
         return Err(Error::Invalid(format!(
@@ -300,7 +316,7 @@ pub async fn buckets(
                 where t.device_key = $1 and t.ts >= $3 and t.ts < $4)
         select date_bin($5, ts, 'epoch') as "start!", count(*) as "count!", min(v) as "min!", max(v) as "max!",
                avg(v) as "avg!", (array_agg(v order by ts desc, seq desc))[1] as "last!"
-          from p where v is not null
+          from p where v between -$6::float8 and $6
       group by 1 order by 1
         "#,
         device.0,
@@ -308,6 +324,7 @@ pub async fn buckets(
         from,
         to,
         PgInterval { months: 0, days: 0, microseconds: bucket_ms * 1_000 },
+        MAX_BUCKETED,
     )
     .fetch_all(db)
     .await?)

@@ -371,6 +371,40 @@ async fn buckets_hold_what_fell_into_them() {
     }
 }
 
+#[tokio::test]
+async fn no_question_is_too_strange_to_answer() {
+    let db = TestDb::new().await;
+    let mut conn = db.pool().acquire().await.unwrap();
+    let device = enrol(&mut conn, db.tenant(), "boiler-1").await;
+    let mut writer = Writer::new(db.tenant());
+    let sent =
+        [(1, "1.7e308"), (2, "1.7e308"), (3, "-1.7e308"), (4, "5e-324"), (5, "1e99"), (6, "18446744073709551615")];
+    let sent = sent.map(|(seq, v)| format!(r#"{{"ts":{MAX_TS_MS},"seq":{seq},"values":{{"a":{v}}}}}"#));
+    writer.batch.clear();
+    for message in &sent {
+        let limits = Limits { max_ahead_ms: MAX_TS_MS, ..LIMITS };
+        assert_eq!(writer.batch.push(db.tenant(), device, message.as_bytes(), NOW, &limits), []);
+    }
+    prepare(&mut conn, &mut writer.shapes, &mut writer.batch).await.unwrap();
+    assert_eq!(insert_batch(&mut conn, &writer.batch).await.unwrap(), 6);
+    let (from, to) = (DateTime::<Utc>::MIN_UTC, DateTime::<Utc>::MAX_UTC);
+    for order in [Order::Asc, Order::Desc] {
+        for after in [None, Some((if order == Order::Asc { from } else { to }, 0))] {
+            for metric in [None, Some("a".to_owned())] {
+                let query = Query { device, metric, from, to, order, limit: i64::MAX, after };
+                assert_eq!(points(&mut conn, &query).await.unwrap().len(), 6, "{query:?}");
+                let query = Query { from: to, to: from, limit: -1, ..query };
+                assert_eq!(points(&mut conn, &query).await.unwrap(), []);
+            }
+        }
+    }
+    let whole = Duration::from_millis(MAX_TS_MS.unsigned_abs());
+    let all = buckets(&mut conn, device, "a", from, to, whole).await.unwrap();
+    assert_eq!((all[0].count, all[0].max), (3, 1e99), "what has no mean is left out");
+    assert!(buckets(&mut conn, device, "a", from, to, whole + Duration::from_millis(1)).await.is_err());
+    assert_eq!(buckets(&mut conn, device, "\u{1f600}", to, from, whole).await.unwrap(), []);
+}
+
 /// The examples between two strings, each up to the next `end`.
 fn examples(text: &'static str, begin: &'static str, end: &'static str) -> impl Iterator<Item = &'static str> {
     text.split(begin).skip(1).filter_map(move |rest| rest.split(end).next())

@@ -110,7 +110,8 @@ async fn play(server: &Server, args: &Args, login: &Login, stop: &CancellationTo
         access: Access::Password { email: login.email.clone(), password: login.password.clone() },
         devices: args.devices,
         rate: args.rate,
-        duration: Duration::MAX,
+        // A simulation goes on until it is stopped, whatever stands here.
+        duration: Duration::from_hours(1),
         payload_bytes: 200,
         seed: 1,
         faults: Faults::default(),

@@ -2,7 +2,10 @@
 
 mod architecture;
 mod crash;
+mod demo;
 mod foreign_clients;
 mod harness;
 mod hostile;
 mod readings;
+mod settings;
+mod sim;

@@ -189,6 +189,7 @@ impl From<Error> for Problem {
             Error::Database(cause) if is_away(cause) => return Self::database_away(cause),
             Error::SchemaTooNew { .. }
             | Error::Postgres(_)
+            | Error::UnusableDatabase(_)
             | Error::Migrate(_)
             | Error::Internal(_)
             | Error::Database(_) => return Self::internal(&error),

@@ -110,6 +110,7 @@ async fn read_connect<S: AsyncRead + AsyncWrite + Unpin>(
 /// Answers a first packet that is no CONNECT, where there is an answer.
 async fn reject<S: AsyncRead + AsyncWrite + Unpin>(shared: &Shared, stream: &mut Stream<S>, violation: &Violation) {
     count_violation(shared, violation);
+    shared.metrics.connects.with_label_values(&[violation.reason.text()]).inc();
     let Some(version) = violation.answer_as else { return };
     let text = ByteString::from(violation.text.as_ref());
     say_goodbye(stream, &Encoder::new(version), Outgoing::ConnAck(&ConnAck::refusal(violation.reason, Some(text))))

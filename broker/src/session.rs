@@ -60,7 +60,8 @@ impl Delivery {
         let Some(properties) = &self.publish.properties else { return Some(self.publish) };
         let Some(expiry_s) = properties.message_expiry_s else { return Some(self.publish) };
         let waited_s = u32::try_from(self.accepted.elapsed().as_secs()).unwrap_or(u32::MAX);
-        let left_s = expiry_s.checked_sub(waited_s).filter(|left_s| *left_s > 0)?;
+        // What expires at once may still be sent at once.
+        let left_s = expiry_s.checked_sub(waited_s).filter(|left_s| *left_s > 0 || waited_s == 0)?;
         if left_s != expiry_s {
             let mut properties = (**properties).clone();
             properties.message_expiry_s = Some(left_s);

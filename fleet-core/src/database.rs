@@ -40,7 +40,7 @@ impl Database {
     /// makes the tenant `main` in a fresh database.
     ///
     /// # Errors
-    /// [`Error::Postgres`] says in one line what was expected; and what [`migrate`] refuses.
+    /// [`Error::Postgres`] and [`Error::UnusableDatabase`] say in one line what was expected; and what [`migrate`] refuses.
     pub async fn open(config: &Config, data_dir: &Path, clock: &Clock) -> Result<Self> {
         let (options, cluster) = match config.database.url.expose() {
             "" => {
@@ -104,17 +104,17 @@ async fn embedded(config: &Config, data_dir: &Path) -> Result<(PgConnectOptions,
 async fn given(url: &str) -> Result<PgConnectOptions> {
     let expected = "expected postgres://user:password@host:port/name";
     if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
-        return Err(Error::Postgres(format!("database.url is not valid: {expected}")));
+        return Err(Error::UnusableDatabase(format!("database.url is not valid: {expected}")));
     }
     let options: PgConnectOptions =
-        url.parse().map_err(|e| Error::Postgres(format!("database.url is not valid: {expected} ({e})")))?;
+        url.parse().map_err(|e| Error::UnusableDatabase(format!("database.url is not valid: {expected} ({e})")))?;
     let tried = timeout(ANSWERS_WITHIN, options.connect()).await;
     let mut conn = match tried {
         Ok(Ok(conn)) => conn,
-        Ok(Err(e)) => return Err(Error::Postgres(unusable(&options, &e))),
+        Ok(Err(e)) => return Err(Error::UnusableDatabase(unusable(&options, &e))),
         Err(_) => {
             let silent = io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {ANSWERS_WITHIN:?}"));
-            return Err(Error::Postgres(unusable(&options, &sqlx::Error::Io(silent))));
+            return Err(Error::UnusableDatabase(unusable(&options, &sqlx::Error::Io(silent))));
         }
     };
     let version: i32 =
@@ -128,7 +128,7 @@ fn check_version(version_num: i32, options: &PgConnectOptions) -> Result<()> {
     let major = version_num / 10_000;
     if i64::from(major) < i64::from(OLDEST_VERSION) {
         let place = place(options);
-        return Err(Error::Postgres(format!(
+        return Err(Error::UnusableDatabase(format!(
             "the database at {place} is PostgreSQL {major}: expected {OLDEST_VERSION} or newer"
         )));
     }

@@ -62,9 +62,12 @@ pub enum Error {
         /// Newest version this binary knows.
         known: i64,
     },
-    /// PostgreSQL cannot be used; the text says what was expected or what to do.
+    /// The embedded PostgreSQL cannot run; the text says what to do.
     #[error("{0}")]
     Postgres(String),
+    /// The database that was given cannot be used; the text says what was expected.
+    #[error("{0}")]
+    UnusableDatabase(String),
     /// A migration failed.
     #[error("migration failed")]
     Migrate(#[from] sqlx::migrate::MigrateError),

@@ -31,8 +31,7 @@ pub(crate) struct Fleet {
     token: String,
     /// What the server listens on and lives on; kept for a second start.
     settings: Vec<(String, String)>,
-    /// Dropped after the server.
-    _db: Option<TestDb>,
+    db: Option<TestDb>,
     _data: tempfile::TempDir,
 }
 
@@ -82,7 +81,7 @@ impl Fleet {
         settings.push(("MUSTER__MQTT__LISTEN".into(), mqtt.to_string()));
         install_crypto();
         let http = reqwest::Client::builder().timeout(PATIENCE).build().expect("a client without settings");
-        let mut fleet = Self { child, http, url, mqtt, token: String::new(), settings, _db: db, _data: data };
+        let mut fleet = Self { child, http, url, mqtt, token: String::new(), settings, db, _data: data };
         fleet.login().await;
         fleet
     }
@@ -98,6 +97,11 @@ impl Fleet {
     /// The directory the server keeps its state in.
     pub(crate) fn data_dir(&self) -> PathBuf {
         PathBuf::from(&self.settings[0].1)
+    }
+
+    /// Connections to the server's database, where the test made it.
+    pub(crate) fn db(&self) -> &sqlx::PgPool {
+        self.db.as_ref().expect("this server has a database of its own").pool()
     }
 
     /// Where MQTT is spoken.

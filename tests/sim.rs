@@ -1,0 +1,57 @@
+//! The simulator's ledger proves that nothing was lost, and says so by its exit code when something was.
+
+use std::process::{Output, Stdio};
+
+use serde_json::Value;
+use tokio::time::timeout;
+
+use crate::harness::{ADMIN, Fleet, PATIENCE, muster};
+
+async fn sim(fleet: &Fleet, args: &[&str]) -> Output {
+    let run = muster()
+        .arg("sim")
+        .args(args)
+        .args(["--url", fleet.url(), "--email", ADMIN.0, "--password", ADMIN.1])
+        .stdin(Stdio::null())
+        .output();
+    timeout(3 * PATIENCE, run).await.expect("it ends in time").expect("the binary is built")
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"))
+}
+
+#[tokio::test]
+async fn the_ledger_finds_everything_and_notices_what_is_taken_away() {
+    let fleet = Fleet::start().await;
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let ledger = dir.path().join("ledger");
+    let ledger = ledger.to_str().expect("text");
+    let mqtt = fleet.mqtt_addr().to_string();
+    let load = ["--devices", "5", "--rate", "100", "--duration", "2s", "--reconnects-per-minute", "60", "--seed", "3"];
+    let run = sim(&fleet, &[&load[..], &["--mqtt", &mqtt, "--json", "--ledger", ledger]].concat()).await;
+    assert_eq!(run.status.code(), Some(0), "{run:?}");
+    let report = json(&run);
+    assert!(report["acknowledged"].as_u64() > Some(50), "{report}");
+    assert_eq!((&report["missing"], &report["duplicated"]), (&0.into(), &0.into()), "{report}");
+
+    assert_eq!(sim(&fleet, &["verify", ledger]).await.status.code(), Some(0));
+    let gone = sqlx::query(
+        "delete from telemetry where (device_key, ts, seq) = (select device_key, ts, seq from telemetry limit 1)",
+    );
+    assert_eq!(gone.execute(fleet.db()).await.expect("the database answers").rows_affected(), 1);
+    let verdict = sim(&fleet, &["verify", ledger]).await;
+    assert_eq!(verdict.status.code(), Some(1), "a missing reading is a broken promise: {verdict:?}");
+}
+
+#[tokio::test]
+async fn a_wrong_login_and_a_server_that_is_away_are_told_in_a_line() {
+    let away = muster()
+        .args(["sim", "--devices", "1", "--duration", "1s", "--password", "x"])
+        .args(["--url", "http://127.0.0.1:1", "--mqtt", "127.0.0.1:1"])
+        .stdin(Stdio::null())
+        .output();
+    let away = timeout(3 * PATIENCE, away).await.expect("it gives up in time").expect("the binary is built");
+    assert_eq!(away.status.code(), Some(6), "{away:?}");
+    assert_eq!(String::from_utf8_lossy(&away.stderr).trim().lines().count(), 1, "{away:?}");
+}

@@ -62,10 +62,9 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let loaded = settings::load()?;
     settings::start_logging(&loaded.config)?;
     let stop = stop_signal()?;
-    let was_given = loaded.environment.admin_password.is_some();
     let server = Server::start(loaded, &args.roles).await?;
     // A password that was chosen by others is not repeated.
-    if let Some(admin) = server.first_admin.as_ref().filter(|_| !was_given) {
+    if let Some(admin) = server.first_admin.as_ref().filter(|admin| admin.generated) {
         println!("first admin: {} password: {}", admin.email, admin.password.expose());
     }
     println!("ready: {server}");

@@ -38,8 +38,10 @@ build: setup-demo ## The release binary: target/release/muster
 	cargo build --release --locked
 
 .PHONY: prepare
-prepare: setup ## Check all SQL against the migrations and renew .sqlx/
+prepare: setup ## Check all SQL against the migrations and renew .sqlx/, and the locks of the packages beside
 	scripts/sql.sh prepare
+	cargo update --quiet --workspace --manifest-path broker/fuzz/Cargo.toml
+	cargo update --quiet --workspace --manifest-path bench/Cargo.toml
 
 .PHONY: openapi
 openapi: ## Renew the API's description, api/openapi.json
@@ -55,6 +57,7 @@ ROUNDS ?= 20
 soak: setup ## The crash drill for long (ROUNDS=20): kill server and PostgreSQL again and again under load
 	cargo nextest run --locked --workspace --no-run
 	MUSTER_SOAK_ROUNDS=$(ROUNDS) $(TARGET)/debug/with-postgres -- cargo nextest run --locked -p muster --profile soak --no-capture crash
+	cargo nextest run --locked -p fleet-core --profile soak --no-capture --run-ignored only
 
 # What cargo-fuzz would pass; without a sanitizer, which safe Rust does not need, the stable compiler will do.
 HOST = $(shell rustc -vV | sed -n 's/host: //p')

@@ -11,6 +11,7 @@ use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection, PgConnection, PgPool};
 use tokio::time::timeout;
+use tracing::warn;
 
 use crate::clock::Clock;
 use crate::config::Config;
@@ -23,6 +24,9 @@ pub static MIGRATOR: Migrator = sqlx::migrate!("./migrations");
 
 /// How long a given PostgreSQL may take to answer when the server starts.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long connections in use may hold up a stop.
+const CLOSES_WITHIN: Duration = Duration::from_secs(5);
 
 /// Connections of the embedded PostgreSQL beyond those of the pool and the writers: for people and backups.
 const SPARE_CONNECTIONS: u32 = 20;
@@ -76,9 +80,12 @@ impl Database {
         self.cluster.as_ref()
     }
 
-    /// Closes the pool and stops the embedded PostgreSQL. Connections that others keep are cut.
+    /// Closes the pool and stops the embedded PostgreSQL. Connections that others keep are cut, as are those of
+    /// requests that take too long to end.
     pub async fn close(self) {
-        self.pool.close().await;
+        if timeout(CLOSES_WITHIN, self.pool.close()).await.is_err() {
+            warn!("connections to the database were still in use when the server stopped");
+        }
         if let Some(cluster) = self.cluster {
             cluster.stop().await;
         }

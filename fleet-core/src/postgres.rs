@@ -36,7 +36,8 @@ use crate::error::{Error, Result};
 /// How long starts that fail are repeated before the failure is final: leftovers may need a moment to let go.
 const RETRY_START: Duration = Duration::from_secs(8);
 
-/// How long a postmaster that lives may take to accept connections; recovery after a crash is bounded by `max_wal_size`.
+/// How long a postmaster that lives may take to accept connections. After a crash it replays what was written since the
+/// last checkpoint, seconds with the `max_wal_size` below; a cluster with other settings is not killed for being slow.
 const READY_WITHIN: Duration = Duration::from_mins(10);
 
 /// How often a running postmaster is looked after.
@@ -69,6 +70,7 @@ pub struct Tuning {
 
 impl Tuning {
     /// The whole of `postgresql.conf`, for a machine that runs other things too. `alter system` wins over it.
+    /// `max_wal_size` and `recovery_init_sync_method` decide what a crash costs (ADR 2).
     fn settings(self, hba: &Path, ident: &Path, socket_dir: &Path) -> String {
         let quoted = |path: &Path| path.display().to_string().replace('\'', "''");
         let durable = if self.durable { "on" } else { "off" };
@@ -87,11 +89,13 @@ full_page_writes = {durable}
 wal_level = minimal
 max_wal_senders = 0
 wal_compression = on
-max_wal_size = 4GB
+max_wal_size = 512MB
+min_wal_size = 512MB
 checkpoint_timeout = 15min
 checkpoint_completion_target = 0.9
 shared_buffers = {shared_buffers}
 huge_pages = off
+recovery_init_sync_method = syncfs
 jit = off
 timezone = 'UTC'
 log_timezone = 'UTC'

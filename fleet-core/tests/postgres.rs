@@ -319,6 +319,42 @@ async fn a_postmaster_killed_under_a_live_server_comes_back() {
     database.close().await;
 }
 
+/// A crash costs the replay of what was written since the last checkpoint, which `max_wal_size` bounds.
+#[tokio::test]
+#[ignore = "writes more than a gigabyte: make soak"]
+async fn what_is_to_be_replayed_is_bounded() {
+    let dir = used_data_dir().await;
+    let cluster = start(dir.path()).await;
+    let mut conn = cluster.options().connect().await.unwrap();
+    commit_row(&mut conn).await;
+    sqlx::raw_sql("create table heavy (device bigint, n bigint, nums float8[], primary key (device, n))")
+        .execute(&mut conn)
+        .await
+        .unwrap();
+    let fill = "insert into heavy select (random() * 10000)::int, $1 * 200000 + g,
+                                         array[random(), random(), random(), random(), random()]
+                  from generate_series(1, 200000) g";
+    for round in 0..25_i64 {
+        sqlx::query(fill).bind(round).execute(&mut conn).await.unwrap();
+    }
+    let begun = Instant::now();
+    kill(cluster.pid().unwrap(), Signal::KILL);
+    eventually("the postmaster has replayed", || cluster.restarts().get() == 1).await;
+    eprintln!("kill -9 of the postmaster after 5 million rows: {} ms", begun.elapsed().as_millis());
+    assert_eq!(rows(&cluster).await, 1);
+}
+
+#[tokio::test]
+async fn a_stop_does_not_wait_for_ever_for_a_connection_in_use() {
+    let dir = used_data_dir().await;
+    let database = Database::open(&config(&[]), dir.path(), &Clock::system()).await.unwrap();
+    let held = database.pool().acquire().await.unwrap();
+    let begun = Instant::now();
+    database.close().await;
+    assert!(begun.elapsed() < HEALED_WITHIN);
+    drop(held);
+}
+
 #[tokio::test]
 async fn an_interrupted_first_start_is_begun_again() {
     let dir = data_dir();

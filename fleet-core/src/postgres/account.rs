@@ -109,6 +109,8 @@ impl Account {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -117,6 +119,15 @@ mod tests {
         assert_eq!(User::parse("postgres:x:109:117:PostgreSQL:/var/lib/postgresql:/bin/bash\n"), Some(postgres));
         for bad in ["", "postgres", "postgres:x:many:117::"] {
             assert_eq!(User::parse(bad), None, "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_user_is_read_and_nothing_panics(name in "[^:\n\r]+", uid: u32, gid: u32, noise: String) {
+            let line = format!("{name}:x:{uid}:{gid}:a: b:/home:/bin/sh\n");
+            prop_assert_eq!(User::parse(&line), Some(User { name, uid, gid }));
+            let _whatever_it_is = User::parse(&noise);
         }
     }
 }

@@ -49,17 +49,18 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     peer: SocketAddr,
     number: u64,
 ) {
-    let Some(mut admitted) = handshake::greet(&shared, socket, peer).await else { return };
+    // What a handshake needs is given back when it is over: an idle connection must stay small.
+    let Some(mut admitted) = Box::pin(handshake::greet(&shared, socket, peer)).await else { return };
     let mailbox = Mailbox::new(shared.settings.outbox_messages, shared.settings.outbox_bytes, shared.metrics.clone());
     if timeout(ENTER_WITHIN, shared.sessions.enter(&admitted.session, number, &mailbox)).await.is_err() {
         let busy = (Reason::ServerBusy, "the earlier connection of this client has not ended yet");
-        return handshake::turn_away(&shared, &mut admitted.stream, &admitted.encoder, busy).await;
+        return Box::pin(handshake::turn_away(&shared, &mut admitted.stream, &admitted.encoder, busy)).await;
     }
     let mut connection = Box::new(Connection::new(shared, admitted, mailbox, number));
     // A panic must not take the will and the session with it.
     let end = AssertUnwindSafe(connection.run()).catch_unwind().await.unwrap_or(End::Panicked);
     tracing::debug!(%peer, session = &*connection.session, end = end.label(), "a connection ended");
-    connection.finish(end).await;
+    Box::pin(connection.finish(end)).await;
 }
 
 /// Tells a client that there is no room, and closes.

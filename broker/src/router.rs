@@ -50,7 +50,7 @@ struct Shared {
 /// One level of the tree. Most nodes have one child or none, so nothing is allocated before it is needed.
 #[derive(Debug, Default)]
 struct Node {
-    children: HashMap<Box<str>, Node>,
+    children: HashMap<Box<str>, Box<Node>>,
     /// Below `+`.
     any: Option<Box<Node>>,
     /// Filters that end here.
@@ -83,7 +83,11 @@ impl Node {
         if level == "#" {
             return remove_from(&mut self.below, connection);
         }
-        let Some(child) = (if level == "+" { self.any.as_deref_mut() } else { self.children.get_mut(level) }) else {
+        let Some(child) = (if level == "+" {
+            self.any.as_deref_mut()
+        } else {
+            self.children.get_mut(level).map(|child| &mut **child)
+        }) else {
             return false;
         };
         let removed = match rest {

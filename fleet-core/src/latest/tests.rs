@@ -248,6 +248,32 @@ async fn what_is_held_is_bounded() {
 }
 
 #[tokio::test]
+async fn one_flush_is_bounded_and_nobody_waits_for_ever() {
+    let db = TestDb::new().await;
+    let mut conn = db.pool().acquire().await.unwrap();
+    let keys = sqlx::query_scalar!(
+        "insert into device (tenant_key, id, created_at, updated_at)
+         select $1, 'd' || n, 'epoch', 'epoch' from generate_series(1, 1500) n returning key",
+        db.tenant().0,
+    )
+    .fetch_all(&mut *conn)
+    .await
+    .unwrap();
+    let mut tracker = Tracker::new(10_000);
+    let mut written = Vec::new();
+    // The first thousand are heard of again before each flush.
+    for round in 0..3 {
+        for key in keys.iter().take(if round == 0 { 1_500 } else { 1_000 }) {
+            tracker.note_seen(DeviceKey(*key), NOW + round);
+        }
+        written.push(tracker.flush_some(&mut conn).await.unwrap().devices);
+    }
+    assert_eq!(written, [1_000; 3]);
+    let seen = sqlx::query_scalar!("select count(*) from device_status").fetch_one(&mut *conn).await.unwrap();
+    assert_eq!(seen, Some(1_500));
+}
+
+#[tokio::test]
 async fn a_device_that_was_deleted_meanwhile_is_skipped() {
     let db = TestDb::new().await;
     let mut conn = db.pool().acquire().await.unwrap();
@@ -259,6 +285,16 @@ async fn a_device_that_was_deleted_meanwhile_is_skipped() {
     }
     sqlx::query!("delete from device where key = $1", gone.0).execute(&mut *conn).await.unwrap();
     writer.tracker.flush(&mut conn).await.unwrap();
+    // And once its rows were there.
+    let later = enrol(&mut conn, db.tenant(), "later").await;
+    for round in 0..2 {
+        for device in [later, stays] {
+            writer.store(&mut conn, device, &[&reading(NOW + round, 2 + round, &json!({"a": 1}))], NOW).await;
+        }
+        writer.tracker.flush(&mut conn).await.unwrap();
+        sqlx::query!("delete from device where key = $1", later.0).execute(&mut *conn).await.unwrap();
+    }
+    assert!(status::get(&mut conn, later).await.unwrap().is_none());
     assert!(status::get(&mut conn, stays).await.unwrap().is_some());
     assert!(status::get(&mut conn, gone).await.unwrap().is_none());
 }

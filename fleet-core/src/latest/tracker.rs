@@ -1,6 +1,6 @@
-//! Follows what one writer commits, in memory, and writes it down about once a second.
+//! Follows what one writer commits, in memory, and writes it down bit by bit.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
@@ -16,8 +16,8 @@ use crate::id::DeviceKey;
 use crate::status::{Cause, Change};
 use crate::telemetry::{Batch, Kind, Row};
 
-/// Devices of one statement of a flush.
-const FLUSH_DEVICES: usize = 1_000;
+/// Devices one [`Tracker::flush_some`] writes: about ten milliseconds in which the writer does nothing else.
+pub const FLUSH_DEVICES: usize = 1_000;
 
 /// Readings of one device from which its state catches up; the newest ones.
 const MAX_CATCH_UP: i64 = 10_000;
@@ -34,8 +34,8 @@ const ATTEMPTS: usize = 3;
 pub struct Tracker {
     max_devices: usize,
     devices: HashMap<DeviceKey, Device>,
-    /// Devices with something to write; each once.
-    dirty: Vec<DeviceKey>,
+    /// Devices with something to write, those that wait longest first.
+    dirty: VecDeque<DeviceKey>,
     /// Flushes so far: tells devices that are busy from those that are not.
     round: u64,
     /// Whether there is no device left that could be forgotten, until the next flush.
@@ -72,9 +72,21 @@ enum Known {
     All,
 }
 
+impl std::ops::AddAssign for Flushed {
+    fn add_assign(&mut self, other: Self) {
+        self.devices += other.devices;
+        self.loaded += other.loaded;
+        self.evicted += other.evicted;
+        self.skipped += other.skipped;
+        self.metrics_dropped += other.metrics_dropped;
+    }
+}
+
 #[derive(Debug, Default)]
 struct Device {
     known: Known,
+    /// Whether its rows exist, so that an update, half the work of an upsert, will do.
+    stored: bool,
     dirty: bool,
     values_changed: bool,
     round: u64,
@@ -130,7 +142,7 @@ impl Tracker {
         Self {
             max_devices: max_devices.max(1),
             devices: HashMap::new(),
-            dirty: Vec::new(),
+            dirty: VecDeque::new(),
             round: 1,
             crammed: false,
             skipped: 0,
@@ -193,7 +205,7 @@ impl Tracker {
         device.round = self.round;
         if !device.dirty {
             device.dirty = true;
-            self.dirty.push(key);
+            self.dirty.push_back(key);
         }
         Some(device)
     }
@@ -214,29 +226,41 @@ impl Tracker {
         !self.crammed
     }
 
-    /// Writes what changed. Call it about once a second, outside a transaction, and at shutdown. On an error what was
-    /// not written yet is kept for the next call.
+    /// Writes what changed; for shutdown. Call it outside a transaction. On an error what was not written yet is kept for
+    /// the next call.
     pub async fn flush(&mut self, db: &mut PgConnection) -> Result<Flushed> {
         let mut flushed = Flushed::default();
         while !self.dirty.is_empty() {
-            let from = self.dirty.len().saturating_sub(FLUSH_DEVICES);
-            let keys = self.dirty[from..].to_vec();
-            flushed.loaded += self.load(db, &keys).await?;
-            flushed.metrics_dropped += self.write(db, &keys).await?;
-            flushed.devices += keys.len() as u64;
-            self.dirty.truncate(from);
-            for key in keys {
-                if let Some(device) = self.devices.get_mut(&key) {
-                    (device.dirty, device.values_changed) = (false, false);
-                    (device.received, device.clamped) = (0, 0);
-                }
-            }
+            flushed += self.flush_some(db).await?;
         }
+        flushed += self.counted();
+        Ok(flushed)
+    }
+
+    /// Writes what changed of the [`FLUSH_DEVICES`] devices that wait longest. Call it about once a second, outside a
+    /// transaction: [`super::latest`] sees what still waits, so a large fleet may wait longer. On an error what was not
+    /// written yet is kept for the next call.
+    pub async fn flush_some(&mut self, db: &mut PgConnection) -> Result<Flushed> {
+        let taken = self.dirty.len().min(FLUSH_DEVICES);
+        let waits = |key: &&DeviceKey| self.devices.get(key).is_some_and(|device| device.dirty);
+        let keys: Vec<DeviceKey> = self.dirty.iter().take(taken).filter(waits).copied().collect();
+        let mut flushed =
+            Flushed { devices: keys.len() as u64, loaded: self.load(db, &keys).await?, ..Flushed::default() };
+        let (stored, fresh): (Vec<_>, Vec<_>) =
+            keys.into_iter().partition(|key| self.devices.get(key).is_some_and(|device| device.stored));
+        flushed.metrics_dropped += self.write(db, &fresh, false).await?;
+        flushed.metrics_dropped += self.write(db, &stored, true).await?;
+        self.dirty.drain(..taken);
+        flushed += self.counted();
+        Ok(flushed)
+    }
+
+    /// Ends a round: what was counted since the last one.
+    fn counted(&mut self) -> Flushed {
         self.round += 1;
         self.crammed = false;
-        flushed.skipped = std::mem::take(&mut self.skipped);
-        flushed.evicted = std::mem::take(&mut self.evicted);
-        Ok(flushed)
+        let (skipped, evicted) = (std::mem::take(&mut self.skipped), std::mem::take(&mut self.evicted));
+        Flushed { evicted, skipped, ..Flushed::default() }
     }
 
     /// Reads what the database knows of the devices that were not read yet, and what was committed since that was
@@ -262,7 +286,10 @@ impl Tracker {
     }
 
     /// One statement for values, sequences and last signs of life; devices that were deleted meanwhile are skipped.
-    async fn write(&mut self, db: &mut PgConnection, keys: &[DeviceKey]) -> Result<u64> {
+    async fn write(&mut self, db: &mut PgConnection, keys: &[DeviceKey], stored: bool) -> Result<u64> {
+        if keys.is_empty() {
+            return Ok(0);
+        }
         let mut columns = Columns::default();
         let mut dropped = 0;
         for key in keys {
@@ -271,14 +298,16 @@ impl Tracker {
                 columns.push(*key, device);
             }
         }
-        for attempt in 1.. {
-            match columns.upsert(db).await {
-                // Deleted between the statement's snapshot and its insert: the next snapshot knows.
-                Err(sqlx::Error::Database(e)) if e.is_foreign_key_violation() && attempt < ATTEMPTS => {}
-                other => {
-                    other?;
-                    break;
-                }
+        if stored {
+            columns.update(db).await?;
+        } else {
+            columns.insert(db).await?;
+        }
+        for key in keys {
+            if let Some(device) = self.devices.get_mut(key) {
+                device.stored |= device.values.newest_ms().is_some();
+                (device.dirty, device.values_changed) = (false, false);
+                (device.received, device.clamped) = (0, 0);
             }
         }
         Ok(dropped)
@@ -288,6 +317,8 @@ impl Tracker {
 /// What the database knows of a device.
 #[derive(Debug, Default)]
 struct Stored {
+    /// Whether it knows anything: a row in both tables.
+    complete: bool,
     boot_id: Option<Box<str>>,
     sequence: Sequence,
     values: Values,
@@ -320,6 +351,7 @@ impl Stored {
             self.sequence.note_run(first, last, ts_ms);
         }
         self.values.merge(std::mem::take(&mut device.values));
+        device.stored = self.complete;
         device.values = self.values;
         device.values_changed = true;
         device.sequence = self.sequence;
@@ -358,7 +390,8 @@ async fn read_states(db: &mut PgConnection, keys: &[i64]) -> Result<HashMap<Devi
             ranges: row.missing_ranges.map(|ranges| ranges.0).unwrap_or_default(),
         };
         let boot_id = row.boot_id.map(Into::into);
-        states.insert(DeviceKey(row.key), Stored { boot_id, sequence, values, since: Vec::new() });
+        let complete = row.missing.is_some() && row.doc.is_some();
+        states.insert(DeviceKey(row.key), Stored { complete, boot_id, sequence, values, since: Vec::new() });
     }
     Ok(states)
 }
@@ -429,7 +462,19 @@ impl Columns {
         self.clamped.push(device.clamped);
     }
 
-    async fn upsert(&self, db: &mut PgConnection) -> Result<(), sqlx::Error> {
+    /// For devices whose rows may not exist yet.
+    async fn insert(&self, db: &mut PgConnection) -> Result<(), sqlx::Error> {
+        for attempt in 1.. {
+            match self.try_insert(db).await {
+                // Deleted between the statement's snapshot and its insert: the next snapshot knows.
+                Err(sqlx::Error::Database(e)) if e.is_foreign_key_violation() && attempt < ATTEMPTS => {}
+                other => return other,
+            }
+        }
+        Ok(())
+    }
+
+    async fn try_insert(&self, db: &mut PgConnection) -> Result<(), sqlx::Error> {
         sqlx::query!(
             "
               with known as (select key from device where key = any($1)),
@@ -459,6 +504,46 @@ impl Columns {
                    missing_ranges = excluded.missing_ranges,
                    received = old.received + excluded.received,
                    clamped = old.clamped + excluded.clamped
+            ",
+            &self.device,
+            &self.newest,
+            &self.doc as &[Option<String>],
+            &self.seen,
+            &self.last_seq as &[Option<i64>],
+            &self.last_seq_ts as &[Option<DateTime<Utc>>],
+            &self.missing,
+            &self.ranges,
+            &self.received,
+            &self.clamped,
+        )
+        .execute(db)
+        .await?;
+        Ok(())
+    }
+
+    /// For devices whose rows exist, unless the device was deleted meanwhile.
+    async fn update(&self, db: &mut PgConnection) -> Result<(), sqlx::Error> {
+        sqlx::query!(
+            "
+              with newest as (
+                   update device_latest l set newest = u.newest, doc = u.doc::jsonb
+                     from unnest($1::bigint[], $2::timestamptz[], $3::text[]) as u (device, newest, doc)
+                    where l.device_key = u.device and u.doc is not null)
+            update device_status as old set
+                   state = case when old.state = 'lost' and u.seen > old.state_since then 'online' else old.state end,
+                   state_since = case when old.state = 'lost' and u.seen > old.state_since then u.seen else old.state_since end,
+                   reason = case when old.state = 'lost' and u.seen > old.state_since then null else old.reason end,
+                   last_seen_at = greatest(old.last_seen_at, u.seen),
+                   last_seq = u.last_seq,
+                   last_seq_ts = u.last_seq_ts,
+                   missing = u.missing,
+                   missing_ranges = u.ranges::jsonb,
+                   received = old.received + u.received,
+                   clamped = old.clamped + u.clamped
+              from unnest($1::bigint[], $4::timestamptz[], $5::bigint[], $6::timestamptz[], $7::bigint[], $8::text[],
+                          $9::bigint[], $10::bigint[])
+                as u (device, seen, last_seq, last_seq_ts, missing, ranges, received, clamped)
+             where old.device_key = u.device
             ",
             &self.device,
             &self.newest,

@@ -242,7 +242,7 @@ impl Writer {
         loop {
             tokio::select! {
                 biased;
-                _ = flush.tick() => self.flush().await,
+                _ = flush.tick() => self.flush(false).await,
                 taken = self.items.recv() => match taken {
                     Some(first) => {
                         let began = Instant::now();
@@ -255,7 +255,7 @@ impl Writer {
                 },
             }
         }
-        self.flush().await;
+        self.flush(true).await;
     }
 
     /// Gathers a batch: until it is full, or its first message has waited long enough.
@@ -360,8 +360,9 @@ impl Writer {
         items.clear();
     }
 
-    async fn flush(&mut self) {
-        if let Err(error) = self.store.flush(&self.metrics).await {
+    /// Writes newest values: of the devices that wait longest, or at the end of all.
+    async fn flush(&mut self, all: bool) {
+        if let Err(error) = self.store.flush(all, &self.metrics).await {
             tracing::debug!(writer = self.index, %error, "latest values could not be written yet");
             self.store.disconnect();
         }
@@ -417,6 +418,7 @@ impl Store {
 
     fn disconnect(&mut self) {
         self.connection = None;
+        self.shapes.forget();
     }
 
     /// Decodes each message once; a retry commits the same rows under the same ids.
@@ -456,9 +458,10 @@ impl Store {
         self.batch = sorted.batch;
     }
 
-    async fn flush(&mut self, metrics: &Metrics) -> fleet_core::Result<()> {
+    async fn flush(&mut self, all: bool, metrics: &Metrics) -> fleet_core::Result<()> {
         let Some(connection) = &mut self.connection else { return Ok(()) };
-        let flushed = self.tracker.flush(connection).await?;
+        let flushed =
+            if all { self.tracker.flush(connection).await? } else { self.tracker.flush_some(connection).await? };
         metrics.untracked.inc_by(flushed.skipped);
         metrics.metrics_dropped.inc_by(flushed.metrics_dropped);
         Ok(())

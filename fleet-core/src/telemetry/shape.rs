@@ -152,8 +152,7 @@ impl Interner {
     }
 }
 
-/// The rows of `shape` this writer knows. Make a new one with every new connection: a server that was replaced by its
-/// standby may have lost the newest.
+/// The rows of `shape` this writer knows.
 #[derive(Debug)]
 pub struct Shapes {
     max_per_tenant: usize,
@@ -167,6 +166,13 @@ impl Shapes {
     /// counts for itself, the bound may be passed by as many as there are writers.
     pub fn new(max_per_tenant: usize) -> Self {
         Self { max_per_tenant, ids: HashMap::new(), full: HashSet::new() }
+    }
+
+    /// Forgets what it knows; for a new connection: a server that was replaced by its standby may have lost the newest
+    /// shapes, and may give their ids to others.
+    pub fn forget(&mut self) {
+        self.ids.clear();
+        self.full.clear();
     }
 
     /// Tenants that have as many shapes as they may, so that new ones are stored as JSON.

@@ -307,6 +307,20 @@ async fn a_rollback_leaves_no_shape_without_a_row() {
 }
 
 #[tokio::test]
+async fn shapes_a_standby_never_had_are_made_again() {
+    let db = TestDb::new().await;
+    let mut conn = db.pool().acquire().await.unwrap();
+    let device = enrol(&mut conn, db.tenant(), "boiler-1").await;
+    let mut writer = Writer::new(db.tenant());
+    writer.store(&mut conn, device, &[r#"{"ts":1,"seq":1,"values":{"a":1}}"#], NOW).await;
+    sqlx::query!("delete from shape").execute(&mut *conn).await.unwrap();
+    writer.shapes.forget();
+    writer.store(&mut conn, device, &[r#"{"ts":2,"seq":2,"values":{"a":2}}"#], NOW).await;
+    let newest = points(&mut conn, &Query { order: Order::Desc, ..query(device, None) }).await.unwrap();
+    assert_eq!(newest[0].values["a"], json!(2));
+}
+
+#[tokio::test]
 async fn readings_of_a_tenant_that_is_gone_do_no_harm() {
     let db = TestDb::new().await;
     let mut conn = db.pool().acquire().await.unwrap();

@@ -31,6 +31,9 @@ pub(crate) struct Plan {
     pub(crate) latency: Duration,
 }
 
+/// Messages a second at which all servers' latencies are compared.
+pub(crate) const COMMON_RATE: f64 = 20_000.0;
+
 /// One server under one number of clients, once.
 #[derive(Debug, Clone)]
 pub(crate) struct Round {
@@ -43,6 +46,9 @@ pub(crate) struct Round {
     pub(crate) broker_us: f64,
     pub(crate) postgres_us: f64,
     pub(crate) generator_us: f64,
+    /// p50 and p99 at [`COMMON_RATE`], the same for all; `None` for a server that cannot keep it up.
+    pub(crate) at_common_rate: Option<(Duration, Duration)>,
+    /// Half the server's own rate.
     pub(crate) open_rate: f64,
     pub(crate) p50: Duration,
     pub(crate) p99: Duration,
@@ -74,7 +80,7 @@ pub(crate) async fn run(plan: &Plan, dir: &Path) -> anyhow::Result<Vec<Round>> {
 fn line(number: usize, round: &Round) -> String {
     format!(
         "{:<20} {:>6} clients, round {number}: {:>7.0} msg/s, {:>6.1} us ({:.1} broker + {:.1} PostgreSQL, generator {:.1}), \
-         {:>5.1} KiB/connection, p50 {:.1} ms, p99 {:.1} ms at {:.0}/s, ramp {:.1} s, {} failed, {} overrun",
+         {:>5.1} KiB/connection, p50 {:.1} ms, p99 {:.1} ms at {:.0}/s (p99 {:.1} ms at {COMMON_RATE:.0}/s), ramp {:.1} s, {} failed, {} overrun",
         round.kind.name(),
         round.clients,
         round.per_s,
@@ -86,6 +92,7 @@ fn line(number: usize, round: &Round) -> String {
         ms(round.p50),
         ms(round.p99),
         round.open_rate,
+        round.at_common_rate.map_or(f64::NAN, |(_, p99)| ms(p99)),
         round.ramp.as_secs_f64(),
         round.failed,
         round.overrun,
@@ -144,7 +151,13 @@ async fn round(plan: &Plan, dir: &Path, kind: Kind, identities: &[Identity]) -> 
     let us = |from: Duration, to: Duration| (to.saturating_sub(from)).as_secs_f64() * 1e6 / messages.max(1.0);
 
     let open_rate = (per_s / 2.0).max(1.0);
-    let (p50, p99, overrun) = open(clients, open_rate, plan.latency).await;
+    let (at_common_rate, clients) = if per_s > COMMON_RATE {
+        let (p50, p99, _, clients) = open(clients, COMMON_RATE, plan.latency).await;
+        (Some((p50, p99)), clients)
+    } else {
+        (None, clients)
+    };
+    let (p50, p99, overrun, _) = open(clients, open_rate, plan.latency).await;
     server.stop().await?;
     Ok(Round {
         kind,
@@ -156,6 +169,7 @@ async fn round(plan: &Plan, dir: &Path, kind: Kind, identities: &[Identity]) -> 
         broker_us: us(from.broker, to.broker),
         postgres_us: us(from.postgres, to.postgres),
         generator_us: us(from.generator, to.generator),
+        at_common_rate,
         open_rate,
         p50,
         p99,
@@ -165,16 +179,20 @@ async fn round(plan: &Plan, dir: &Path, kind: Kind, identities: &[Identity]) -> 
 }
 
 /// Latency at a steady rate. Clients that a closed loop overwhelmed are gone; with none left there is no latency.
-async fn open(clients: Vec<generator::Client>, rate: f64, duration: Duration) -> (Duration, Duration, u64) {
+async fn open(
+    clients: Vec<generator::Client>,
+    rate: f64,
+    duration: Duration,
+) -> (Duration, Duration, u64, Vec<generator::Client>) {
     if clients.is_empty() {
-        return (Duration::MAX, Duration::MAX, 0);
+        return (Duration::MAX, Duration::MAX, 0, clients);
     }
     let load = Load::open(clients, rate);
     sleep(duration).await;
     let latency = load.latency().clone();
     let overrun = load.overrun();
-    let _clients = load.stop().await;
-    (latency.percentile(0.5), latency.percentile(0.99), overrun)
+    let clients = load.stop().await;
+    (latency.percentile(0.5), latency.percentile(0.99), overrun, clients)
 }
 
 struct Snapshot {

@@ -48,9 +48,9 @@ openapi: ## Renew the API's description, api/openapi.json
 	cargo run --locked --quiet -p api --example openapi
 
 .PHONY: bench
-bench: setup ## Measure beside mosquitto, rumqttd and psql; writes docs/benchmarks.md (half an hour)
+bench: setup ## Measure beside mosquitto, rumqttd and psql; writes docs/benchmarks.md (a quarter of an hour)
 	cargo build --release --locked
-	$(IN_TARGET) cargo run --release --locked --manifest-path bench/Cargo.toml
+	$(IN_TARGET) cargo run --release --locked --manifest-path bench/Cargo.toml --bin bench -- all
 
 .PHONY: soak
 ROUNDS ?= 20

@@ -6,6 +6,7 @@ mod demo;
 mod foreign_clients;
 mod harness;
 mod hostile;
+mod limits;
 mod readings;
 mod settings;
 mod sim;

@@ -1,6 +1,7 @@
 //! A real server for a test: the binary itself, on a database of its own, on ports of its own.
 
 mod mqtt;
+pub(crate) mod raw;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

@@ -21,7 +21,7 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection, PgConnection};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::metrics::Metrics;
 use crate::router::Router;
@@ -32,6 +32,8 @@ use crate::wire::Publish;
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 /// Longest wait between two tries.
 const RETRY_AT_MOST: Duration = Duration::from_secs(1);
+/// A database that has not answered by then is away: the same rows are sent again over a new connection.
+const COMMIT_WITHIN: Duration = Duration::from_secs(30);
 /// Latest values and states are written that often.
 const FLUSH_EVERY: Duration = Duration::from_secs(1);
 
@@ -250,6 +252,9 @@ impl Writer {
                         self.commit(&items).await;
                         self.metrics.commit_seconds.observe(began.elapsed().as_secs_f64());
                         self.release(&mut items);
+                        if self.store.tracker.wants_flush() {
+                            self.flush(false).await;
+                        }
                     }
                     None => break,
                 },
@@ -285,17 +290,26 @@ impl Writer {
         self.metrics.batch_size.observe(count(items.len()));
         let mut parts = vec![items];
         while let Some(part) = parts.pop() {
-            let mut sorted = self.store.sort(part);
-            let committed = self.until_committed(&mut sorted).await;
-            self.store.reuse(sorted);
-            let Err(refusal) = committed else { continue };
+            if self.try_part(part).await.is_ok() {
+                continue;
+            }
             if let [item] = part {
-                self.put_aside(item, &refusal).await;
+                // Once more: a row can be refused only because the partition of its day was just being made.
+                if let Err(refusal) = self.try_part(part).await {
+                    self.put_aside(item, &refusal).await;
+                }
             } else {
                 let (front, back) = part.split_at(part.len() / 2);
                 parts.extend([back, front]);
             }
         }
+    }
+
+    async fn try_part(&mut self, part: &[Item]) -> Result<(), String> {
+        let mut sorted = self.store.sort(part);
+        let committed = self.until_committed(&mut sorted).await;
+        self.store.reuse(sorted);
+        committed
     }
 
     /// Keeps a message the database refuses as a dead letter.
@@ -310,7 +324,8 @@ impl Writer {
     async fn until_committed(&mut self, sorted: &mut Sorted) -> Result<(), String> {
         let mut wait = RETRY_FIRST;
         loop {
-            match self.store.commit(sorted).await {
+            let committed = timeout(COMMIT_WITHIN, self.store.commit(sorted)).await;
+            match committed.unwrap_or_else(|_| Err(fleet_core::Error::Database(sqlx::Error::PoolTimedOut))) {
                 Ok(stored) => {
                     sorted.count(stored, &self.metrics);
                     self.found_back();
@@ -464,6 +479,8 @@ impl Store {
             if all { self.tracker.flush(connection).await? } else { self.tracker.flush_some(connection).await? };
         metrics.untracked.inc_by(flushed.skipped);
         metrics.metrics_dropped.inc_by(flushed.metrics_dropped);
+        metrics.evicted.inc_by(flushed.evicted);
+        metrics.full_shapes.set(i64::try_from(self.shapes.full_tenants()).unwrap_or(i64::MAX));
         Ok(())
     }
 }
@@ -536,6 +553,7 @@ impl Sorted {
         metrics.committed.with_label_values(&["status"]).inc_by(self.status);
         metrics.dead_letters.inc_by(self.letters.len() as u64);
         metrics.stored.inc_by(stored);
+        metrics.clamped.inc_by(self.batch.clamped() as u64);
         metrics.duplicates.inc_by((self.batch.len() as u64).saturating_sub(stored));
     }
 }

@@ -47,6 +47,12 @@ pub struct Metrics {
     pub untracked: IntCounter,
     /// Newest values forgotten because a device has too many metrics.
     pub metrics_dropped: IntCounter,
+    /// Tracked devices forgotten to make room for others.
+    pub evicted: IntCounter,
+    /// Readings whose clock ran ahead.
+    pub clamped: IntCounter,
+    /// Tenants that have as many shapes as they may.
+    pub full_shapes: IntGauge,
 }
 
 /// The bounds of the broker, as label values of `muster_mqtt_limit_hits_total`.
@@ -148,6 +154,18 @@ impl Metrics {
                 "muster_ingest_latest_dropped_total",
                 "Newest values forgotten because a device has too many metrics",
             )?,
+            evicted: IntCounter::new(
+                "muster_ingest_tracked_evicted_total",
+                "Tracked devices forgotten to make room: ingest.max_tracked_devices was hit",
+            )?,
+            clamped: IntCounter::new(
+                "muster_ingest_readings_clamped_total",
+                "Readings whose clock ran ahead by more than ingest.max_ahead_ms",
+            )?,
+            full_shapes: IntGauge::new(
+                "muster_ingest_full_shapes",
+                "Tenants with ingest.max_shapes sets of metric names: new sets are stored as JSON",
+            )?,
         };
         metrics.register(registry)?;
         metrics.show_every_label();
@@ -174,7 +192,10 @@ impl Metrics {
         registry.register(Box::new(self.commit_seconds.clone()))?;
         registry.register(Box::new(self.retries.clone()))?;
         registry.register(Box::new(self.untracked.clone()))?;
-        registry.register(Box::new(self.metrics_dropped.clone()))
+        registry.register(Box::new(self.metrics_dropped.clone()))?;
+        registry.register(Box::new(self.evicted.clone()))?;
+        registry.register(Box::new(self.clamped.clone()))?;
+        registry.register(Box::new(self.full_shapes.clone()))
     }
 
     /// A bound that was never hit shows as 0 rather than not at all.

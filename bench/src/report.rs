@@ -185,6 +185,11 @@ impl Median {
     }
 }
 
+/// A latency in ms; a server that lost its clients in the closed loop has none.
+fn shown(latency: Duration) -> String {
+    if latency.is_zero() || latency == Duration::MAX { "–".to_owned() } else { format!("{:.1}", ms(latency)) }
+}
+
 fn common_ms(rounds: &[broker::Round]) -> Option<(f64, f64)> {
     let common: Vec<_> = rounds.iter().filter_map(|r| r.at_common_rate).collect();
     (!common.is_empty()).then(|| (median_of(&common, |(p50, _)| ms(*p50)), median_of(&common, |(_, p99)| ms(*p99))))
@@ -252,7 +257,7 @@ fn broker_rounds(rounds: &[broker::Round]) -> String {
         line(
             &mut out,
             format_args!(
-                "| {} | {} | {:.0} | {:.1} | {:.1} | {:.1} | {:.0} | {:.1} | {:.1} | {} | {:.1} | {} |",
+                "| {} | {} | {:.0} | {:.1} | {:.1} | {:.1} | {:.0} | {} | {} | {} | {:.1} | {} |",
                 r.clients,
                 r.kind.name(),
                 r.per_s,
@@ -260,8 +265,8 @@ fn broker_rounds(rounds: &[broker::Round]) -> String {
                 r.postgres_us,
                 r.kib_per_connection,
                 r.open_rate,
-                ms(r.p50),
-                ms(r.p99),
+                shown(r.p50),
+                shown(r.p99),
                 r.overrun,
                 r.ramp.as_secs_f64(),
                 r.failed

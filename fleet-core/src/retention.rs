@@ -13,7 +13,9 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Days, NaiveDate, NaiveTime, Utc};
 use serde::Serialize;
-use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use sqlx::postgres::PgArguments;
+use sqlx::query::Query;
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Postgres};
 
 use crate::Result;
 use crate::config::Retention;
@@ -276,23 +278,28 @@ impl Rounds {
     }
 }
 
+/// Deletes in rounds; `statement` removes [`DELETE_ROWS`] at the most.
+async fn delete<'q>(
+    db: &mut PgConnection,
+    statement: impl Fn() -> Query<'q, Postgres, PgArguments> + Send,
+) -> Result<Rounds> {
+    let mut rounds = Rounds::default();
+    while rounds.again(statement().execute(&mut *db).await?.rows_affected()) {}
+    Ok(rounds)
+}
+
 /// Readings of the default partition whose day would have been dropped.
 async fn sweep_late(db: &mut PgConnection, retention: &Retention, now: DateTime<Utc>, swept: &mut Swept) -> Result<()> {
     let keep_from = midnight(now.date_naive() - days(retention.telemetry_days));
-    let mut rounds = Rounds::default();
-    loop {
-        let done = sqlx::query!(
+    let rounds = delete(db, || {
+        sqlx::query!(
             "delete from telemetry_default
               where ctid = any(array(select ctid from telemetry_default where ts < $1 limit $2))",
             keep_from,
             DELETE_ROWS,
         )
-        .execute(&mut *db)
-        .await?;
-        if !rounds.again(done.rows_affected()) {
-            break;
-        }
-    }
+    })
+    .await?;
     swept.late_readings += rounds.gone;
     swept.unfinished |= rounds.unfinished;
     Ok(())
@@ -305,19 +312,14 @@ async fn sweep_dead_letters(
     swept: &mut Swept,
 ) -> Result<()> {
     let keep_from = now - days(retention.dead_letter_days);
-    let mut rounds = Rounds::default();
-    loop {
-        let done = sqlx::query!(
+    let rounds = delete(db, || {
+        sqlx::query!(
             "delete from dead_letter where id = any(array(select id from dead_letter where received_at < $1 limit $2))",
             keep_from,
             DELETE_ROWS,
         )
-        .execute(&mut *db)
-        .await?;
-        if !rounds.again(done.rows_affected()) {
-            break;
-        }
-    }
+    })
+    .await?;
     swept.dead_letters += rounds.gone;
     swept.unfinished |= rounds.unfinished;
     let excess = sqlx::query!(
@@ -331,21 +333,16 @@ async fn sweep_dead_letters(
     .fetch_all(&mut *db)
     .await?;
     for tenant in excess {
-        let mut rounds = Rounds::default();
-        loop {
-            let done = sqlx::query!(
+        let rounds = delete(db, || {
+            sqlx::query!(
                 "delete from dead_letter
                   where id = any(array(select id from dead_letter where tenant_key = $1 and id <= $2 limit $3))",
                 tenant.key,
                 tenant.id,
                 DELETE_ROWS,
             )
-            .execute(&mut *db)
-            .await?;
-            if !rounds.again(done.rows_affected()) {
-                break;
-            }
-        }
+        })
+        .await?;
         swept.dead_letters += rounds.gone;
         swept.unfinished |= rounds.unfinished;
     }
@@ -354,20 +351,15 @@ async fn sweep_dead_letters(
 
 async fn sweep_idempotency(db: &mut PgConnection, now: DateTime<Utc>, swept: &mut Swept) -> Result<()> {
     let keep_from = now - idempotency::KEPT;
-    let mut rounds = Rounds::default();
-    loop {
-        let done = sqlx::query!(
+    let rounds = delete(db, || {
+        sqlx::query!(
             "delete from idempotency
               where ctid = any(array(select ctid from idempotency where created_at < $1 limit $2))",
             keep_from,
             DELETE_ROWS,
         )
-        .execute(&mut *db)
-        .await?;
-        if !rounds.again(done.rows_affected()) {
-            break;
-        }
-    }
+    })
+    .await?;
     swept.idempotency += rounds.gone;
     swept.unfinished |= rounds.unfinished;
     Ok(())

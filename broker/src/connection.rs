@@ -52,9 +52,14 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     // What a handshake needs is given back when it is over: an idle connection must stay small.
     let Some(mut admitted) = Box::pin(handshake::greet(&shared, socket, peer)).await else { return };
     let mailbox = Mailbox::new(shared.settings.outbox_messages, shared.settings.outbox_bytes, shared.metrics.clone());
-    if timeout(ENTER_WITHIN, shared.sessions.enter(&admitted.session, number, &mailbox)).await.is_err() {
-        let busy = (Reason::ServerBusy, "the earlier connection of this client has not ended yet");
-        return Box::pin(handshake::turn_away(&shared, &mut admitted.stream, &admitted.encoder, busy)).await;
+    match timeout(ENTER_WITHIN, shared.sessions.enter(&admitted.session, number, &mailbox)).await {
+        Ok(true) => {}
+        // The client has come again meanwhile: there is nobody left behind this socket.
+        Ok(false) => return,
+        Err(_) => {
+            let busy = (Reason::ServerBusy, "the earlier connection of this client has not ended yet");
+            return Box::pin(handshake::turn_away(&shared, &mut admitted.stream, &admitted.encoder, busy)).await;
+        }
     }
     let mut connection = Box::new(Connection::new(shared, admitted, mailbox, number));
     // A panic must not take the will and the session with it.

@@ -212,8 +212,9 @@ struct Live {
 
 impl Sessions {
     /// Makes this connection the one that holds the session. An earlier one is closed and waited for, so that its
-    /// will is sent before anything the new one says.
-    pub(crate) async fn enter(&self, key: &SessionKey, connection: u64, mailbox: &Arc<Mailbox>) {
+    /// will is sent before anything the new one says. `false` when a later one holds it: the handshake took so long
+    /// that the client has come again.
+    pub(crate) async fn enter(&self, key: &SessionKey, connection: u64, mailbox: &Arc<Mailbox>) -> bool {
         loop {
             let ended = self.ended.notified();
             tokio::pin!(ended);
@@ -223,8 +224,9 @@ impl Sessions {
                 match live.get(key) {
                     None => {
                         live.insert(key.clone(), Live { mailbox: mailbox.clone(), connection });
-                        return;
+                        return true;
                     }
+                    Some(later) if later.connection > connection => return false,
                     Some(earlier) => earlier.mailbox.close(Close::TakenOver),
                 }
             }
@@ -342,7 +344,7 @@ mod tests {
         let key: SessionKey = "main/d/d".into();
         let (first, _) = mailbox(1, 100);
         let (second, _) = mailbox(1, 100);
-        sessions.enter(&key, 1, &first).await;
+        assert!(sessions.enter(&key, 1, &first).await);
         let entering = tokio::spawn({
             let (sessions, key, second) = (sessions.clone(), key.clone(), second.clone());
             async move { sessions.enter(&key, 2, &second).await }
@@ -351,7 +353,8 @@ mod tests {
         assert_eq!(first.take_settled(&mut Vec::new()), Some(Close::TakenOver));
         assert!(!entering.is_finished());
         sessions.leave(&key, 1);
-        entering.await.unwrap();
+        assert!(entering.await.unwrap());
+        assert!(!sessions.enter(&key, 1, &first).await, "a handshake that was overtaken does not take over");
         sessions.leave(&key, 1);
         assert_eq!(
             sessions.live.lock().len(),

@@ -135,3 +135,14 @@ async fn retained_messages_too_many_are_told_so() {
     assert_eq!(mqtt.publish_retained(&device.topic("b"), "1").await, Answer::QuotaExceeded);
     assert!(hits(&fleet, "retained").await > 0.5);
 }
+
+#[tokio::test]
+async fn what_cannot_even_be_put_aside_is_not_acknowledged() {
+    let fleet = Fleet::start().await;
+    let device = fleet.enrol("orphan").await;
+    let mut raw = Raw::connected(&fleet, &device, V5).await;
+    let refuse = sqlx::query("alter table dead_letter add constraint refuses_all check (false) not valid");
+    refuse.execute(fleet.db()).await.expect("the database answers");
+    raw.publish(0x32, device.topic("telemetry")).await;
+    raw.ends_with(0x80, "never acknowledge and drop").await;
+}

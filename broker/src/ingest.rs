@@ -25,7 +25,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::metrics::Metrics;
 use crate::router::Router;
-use crate::session::Mailbox;
+use crate::session::{Close, Mailbox};
 use crate::wire::Publish;
 
 /// First wait before a failed commit is tried again; doubled up to [`RETRY_AT_MOST`].
@@ -249,9 +249,9 @@ impl Writer {
                     Some(first) => {
                         let began = Instant::now();
                         self.fill(first, &mut items).await;
-                        self.commit(&items).await;
+                        let lost = self.commit(&items).await;
                         self.metrics.commit_seconds.observe(began.elapsed().as_secs_f64());
-                        self.release(&mut items);
+                        self.release(&mut items, &lost);
                         if self.store.tracker.wants_flush() {
                             self.flush(false).await;
                         }
@@ -285,24 +285,28 @@ impl Writer {
     }
 
     /// Commits the batch, however long the database is away. What it refuses for good is narrowed down by halves
-    /// until the one message at fault stands alone and goes to the dead letters.
-    async fn commit(&mut self, items: &[Item]) {
+    /// until the one message at fault stands alone and goes to the dead letters. Returns the places of those that the
+    /// database would not even keep there: they must not be acknowledged.
+    async fn commit(&mut self, items: &[Item]) -> Vec<usize> {
         self.metrics.batch_size.observe(count(items.len()));
-        let mut parts = vec![items];
+        let mut lost = Vec::new();
+        let whole = 0..items.len();
+        let mut parts = vec![whole];
         while let Some(part) = parts.pop() {
-            if self.try_part(part).await.is_ok() {
+            if self.try_part(&items[part.clone()]).await.is_ok() {
                 continue;
             }
-            if let [item] = part {
-                // Once more: a row can be refused only because the partition of its day was just being made.
-                if let Err(refusal) = self.try_part(part).await {
-                    self.put_aside(item, &refusal).await;
-                }
-            } else {
-                let (front, back) = part.split_at(part.len() / 2);
-                parts.extend([back, front]);
+            let middle = part.start + part.len() / 2;
+            if middle > part.start {
+                parts.extend([middle..part.end, part.start..middle]);
+            // Once more: a row can be refused only because the partition of its day was just being made.
+            } else if let Err(refusal) = self.try_part(&items[part.clone()]).await
+                && !self.put_aside(&items[part.start], &refusal).await
+            {
+                lost.push(part.start);
             }
         }
+        lost
     }
 
     async fn try_part(&mut self, part: &[Item]) -> Result<(), String> {
@@ -312,12 +316,14 @@ impl Writer {
         committed
     }
 
-    /// Keeps a message the database refuses as a dead letter.
-    async fn put_aside(&mut self, item: &Item, refusal: &str) {
+    /// Keeps a message the database refuses as a dead letter; `false` when it refuses that too.
+    async fn put_aside(&mut self, item: &Item, refusal: &str) -> bool {
         let mut sorted = Sorted::refused(item, refusal);
-        if let Err(refusal) = self.until_committed(&mut sorted).await {
+        let kept = self.until_committed(&mut sorted).await;
+        if let Err(refusal) = &kept {
             tracing::error!(refusal, device.id = %item.sender.id, "the database refused even the dead letter");
         }
+        kept.is_ok()
     }
 
     /// Tries until the database has committed, or refused for good: then the error says why.
@@ -359,11 +365,17 @@ impl Writer {
         }
     }
 
-    /// After the COMMIT: acknowledgements, then subscribers.
-    fn release(&mut self, items: &mut Vec<Item>) {
+    /// After the COMMIT: acknowledgements, then subscribers. Whose message was not kept is disconnected instead.
+    fn release(&mut self, items: &mut Vec<Item>, lost: &[usize]) {
         self.metrics.queued.sub(i64::try_from(items.len()).unwrap_or_default());
-        for item in items.iter() {
+        for (place, item) in items.iter().enumerate() {
             let Some(message) = item.message() else { continue };
+            if lost.contains(&place) {
+                if let Some(receipt) = &message.receipt {
+                    receipt.mailbox.close(Close::NotStored);
+                }
+                continue;
+            }
             if let Some(receipt) = &message.receipt {
                 receipt.mailbox.settle(receipt.ticket);
                 self.metrics.acknowledged.inc();

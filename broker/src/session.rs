@@ -25,6 +25,8 @@ pub(crate) enum Close {
     TakenOver,
     /// The mailbox is full at QoS 1.
     QuotaExceeded,
+    /// The database would not keep a message, so it cannot be acknowledged.
+    NotStored,
     /// The broker stops: what is pending is acknowledged first.
     ShuttingDown,
 }
@@ -35,6 +37,7 @@ impl Close {
         match self {
             Self::TakenOver => (Reason::SessionTakenOver, "another connection uses this client id"),
             Self::QuotaExceeded => (Reason::QuotaExceeded, "too many messages are waiting for this client"),
+            Self::NotStored => (Reason::UnspecifiedError, "a message could not be stored"),
             Self::ShuttingDown => (Reason::ServerShuttingDown, "the server is shutting down"),
         }
     }

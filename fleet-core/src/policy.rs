@@ -19,12 +19,23 @@ pub enum Permission {
     TelemetryRead,
     /// `dead-letters:read`
     DeadLettersRead,
+    /// `connections:read`: see who is connected, durable sessions, connection events
+    ConnectionsRead,
+    /// `connections:manage`: disconnect clients, end their sessions, trace them
+    ConnectionsManage,
 }
 
 impl Permission {
     /// Every permission there is.
-    pub const ALL: [Self; 5] =
-        [Self::DevicesRead, Self::DevicesWrite, Self::CredentialsManage, Self::TelemetryRead, Self::DeadLettersRead];
+    pub const ALL: [Self; 7] = [
+        Self::DevicesRead,
+        Self::DevicesWrite,
+        Self::CredentialsManage,
+        Self::TelemetryRead,
+        Self::DeadLettersRead,
+        Self::ConnectionsRead,
+        Self::ConnectionsManage,
+    ];
 
     /// `noun:verb`, as roles and problems spell it.
     pub fn name(self) -> &'static str {
@@ -34,6 +45,8 @@ impl Permission {
             Self::CredentialsManage => "credentials:manage",
             Self::TelemetryRead => "telemetry:read",
             Self::DeadLettersRead => "dead-letters:read",
+            Self::ConnectionsRead => "connections:read",
+            Self::ConnectionsManage => "connections:manage",
         }
     }
 }

@@ -15,6 +15,7 @@ use sqlx::PgPool;
 use tokio::sync::Semaphore;
 
 use crate::ingest::Sender;
+use crate::listener::Arrival;
 use crate::wire::{Connect, Reason};
 
 /// Credentials verified at once; a storm of connects queues here, not in front of the REST API's connections.
@@ -38,7 +39,9 @@ impl Access {
 
     /// Who stands behind a CONNECT: a device by `{tenant}/{device}` and its token, or a user by e-mail and access
     /// token (MQTT 5 §3.1.3.5, §4.12).
-    pub(crate) async fn authenticate(&self, connect: &Connect) -> Result<Principal, Refusal> {
+    pub(crate) async fn authenticate(&self, connect: &Connect, arrival: &mut Arrival) -> Result<Principal, Refusal> {
+        // It is not kept beyond this: an idle connection must stay small.
+        let _certificate = arrival.certificate.take();
         let (Some(username), Some(password)) = (&connect.username, &connect.password) else {
             return Err((Reason::NotAuthorized, "expected a user name and a password"));
         };

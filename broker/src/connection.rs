@@ -8,7 +8,6 @@
 //! Ignorant of: what a reading means, and how it is stored.
 
 use std::collections::{HashSet, VecDeque};
-use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -24,6 +23,7 @@ use crate::Shared;
 use crate::access::{Rights, Route};
 use crate::handshake::{self, Admitted, count_violation, say_goodbye};
 use crate::ingest::{Item, Message, Receipt, Sender, What};
+use crate::listener::Arrival;
 use crate::metrics::Limit;
 use crate::router::{Routed, Subscriber};
 use crate::session::{Close, Delivery, Inflight, Mailbox, SessionKey};
@@ -43,14 +43,10 @@ const DRAIN_WITHIN: Duration = Duration::from_secs(5);
 const NEVER: Duration = Duration::from_hours(24);
 
 /// Serves a socket from its first byte to its last.
-pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
-    shared: Arc<Shared>,
-    socket: S,
-    peer: SocketAddr,
-    number: u64,
-) {
+pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(shared: Arc<Shared>, socket: S, mut arrival: Arrival) {
     // What a handshake needs is given back when it is over: an idle connection must stay small.
-    let Some(mut admitted) = Box::pin(handshake::greet(&shared, socket, peer)).await else { return };
+    let Some(mut admitted) = Box::pin(handshake::greet(&shared, socket, &mut arrival)).await else { return };
+    let Arrival { number, peer, transport, .. } = arrival;
     let mailbox = Mailbox::new(shared.settings.outbox_messages, shared.settings.outbox_bytes, shared.metrics.clone());
     match timeout(ENTER_WITHIN, shared.sessions.enter(&admitted.session, number, &mailbox)).await {
         Ok(true) => {}
@@ -64,18 +60,13 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     let mut connection = Box::new(Connection::new(shared, admitted, mailbox, number));
     // A panic must not take the will and the session with it.
     let end = AssertUnwindSafe(connection.run()).catch_unwind().await.unwrap_or(End::Panicked);
-    tracing::debug!(%peer, session = &*connection.session, end = end.label(), "a connection ended");
+    tracing::debug!(%peer, transport = transport.as_str(), session = &*connection.session, end = end.label(), "a connection ended");
     Box::pin(connection.finish(end)).await;
 }
 
 /// Tells a client that there is no room, and closes.
-pub(crate) async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(
-    shared: Arc<Shared>,
-    socket: S,
-    peer: SocketAddr,
-    _number: u64,
-) {
-    handshake::refuse(&shared, socket, peer).await;
+pub(crate) async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(shared: Arc<Shared>, socket: S, arrival: Arrival) {
+    handshake::refuse(&shared, socket, &arrival).await;
 }
 
 /// How a connection ended.

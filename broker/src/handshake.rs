@@ -3,7 +3,6 @@
 //! Holds: before a client is known, little is buffered for it and little time is given to it; whoever is refused is
 //! told why where the standard has a word for it.
 
-use std::net::SocketAddr;
 use std::num::{NonZeroU16, NonZeroU32};
 use std::time::Duration;
 
@@ -15,6 +14,7 @@ use uuid::Uuid;
 
 use crate::Shared;
 use crate::access::{Refusal, Rights};
+use crate::listener::Arrival;
 use crate::metrics::Limit;
 use crate::session::SessionKey;
 use crate::stream::{Io, Stream};
@@ -45,11 +45,11 @@ pub(crate) struct Admitted<S> {
 pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
     shared: &Shared,
     socket: S,
-    peer: SocketAddr,
+    arrival: &mut Arrival,
 ) -> Option<Admitted<S>> {
-    let (mut stream, decoder, connect) = read_connect(shared, socket, peer).await?;
+    let (mut stream, decoder, connect) = read_connect(shared, socket, arrival).await?;
     let encoder = Encoder::for_client(&connect);
-    match admit(shared, &connect).await {
+    match admit(shared, &connect, arrival).await {
         Ok((principal, rights)) => {
             let client_id = client_id(&connect, &principal);
             let session = session_key(&principal, &client_id);
@@ -59,7 +59,7 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
             Some(Admitted { stream, decoder, encoder, connect, rights, session, answer, keep_alive })
         }
         Err(refusal) => {
-            tracing::debug!(%peer, reason = %refusal.0, text = refusal.1, "a client was turned away");
+            tracing::debug!(peer = %arrival.peer, reason = %refusal.0, text = refusal.1, "a client was turned away");
             turn_away(shared, &mut stream, &encoder, refusal).await;
             None
         }
@@ -67,8 +67,8 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 /// Tells a client that the broker is full (MQTT 5: 0x97, 3.1.1: 3) and closes.
-pub(crate) async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(shared: &Shared, socket: S, peer: SocketAddr) {
-    if let Some((mut stream, _, connect)) = read_connect(shared, socket, peer).await {
+pub(crate) async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(shared: &Shared, socket: S, arrival: &Arrival) {
+    if let Some((mut stream, _, connect)) = read_connect(shared, socket, arrival).await {
         let refusal = match connect.version {
             Version::V5 => (Reason::QuotaExceeded, "the broker holds as many connections as it may"),
             Version::V311 => (Reason::ServerUnavailable, ""),
@@ -80,7 +80,7 @@ pub(crate) async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(shared: &Shared, s
 async fn read_connect<S: AsyncRead + AsyncWrite + Unpin>(
     shared: &Shared,
     socket: S,
-    peer: SocketAddr,
+    arrival: &Arrival,
 ) -> Option<(Stream<S>, Decoder, Connect)> {
     let deadline = Instant::now() + Duration::from_millis(shared.settings.connect_timeout_ms);
     let mut stream = Stream::new(socket);
@@ -91,7 +91,7 @@ async fn read_connect<S: AsyncRead + AsyncWrite + Unpin>(
             Ok(Some(_)) => return None,
             Ok(None) => {}
             Err(violation) => {
-                tracing::debug!(%peer, %violation, "no CONNECT");
+                tracing::debug!(peer = %arrival.peer, %violation, "no CONNECT");
                 reject(shared, &mut stream, &violation).await;
                 return None;
             }
@@ -149,7 +149,7 @@ pub(crate) async fn say_goodbye<S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 /// Whether the client may come in, and with which rights.
-async fn admit(shared: &Shared, connect: &Connect) -> Result<(Principal, Rights), Refusal> {
+async fn admit(shared: &Shared, connect: &Connect, arrival: &mut Arrival) -> Result<(Principal, Rights), Refusal> {
     if connect.authentication_method.is_some() {
         return Err((Reason::BadAuthenticationMethod, "extended authentication is not offered"));
     }
@@ -159,7 +159,7 @@ async fn admit(shared: &Shared, connect: &Connect) -> Result<(Principal, Rights)
     if connect.client_id.is_empty() && connect.version == Version::V311 && !connect.clean_start {
         return Err((Reason::ClientIdentifierNotValid, "an empty client id needs a clean session"));
     }
-    let principal = shared.access.authenticate(connect).await?;
+    let principal = shared.access.authenticate(connect, arrival).await?;
     let mut rights = Rights::new(&principal);
     if let Some(will) = &connect.will {
         if will.qos == QoS::ExactlyOnce {

@@ -38,10 +38,12 @@ use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
 
 pub use ingest::Health;
+pub use listener::{Door, Transport};
 pub use metrics::Metrics;
 
 use access::Access;
 use ingest::Ingest;
+use listener::Entrance;
 use router::Router;
 use session::Sessions;
 
@@ -99,6 +101,7 @@ struct Shared {
 /// A running broker.
 pub struct Broker {
     shared: Arc<Shared>,
+    entrance: Arc<Entrance>,
     address: SocketAddr,
     accepting: tokio::task::JoinHandle<()>,
     writers: ingest::Writers,
@@ -128,13 +131,19 @@ impl Broker {
             ingest,
             metrics,
         });
-        let accepting = tokio::spawn(listener::accept(listener, shared.clone()));
-        Ok(Self { shared, address, accepting, writers })
+        let entrance = Arc::new(Entrance::new(shared.clone()));
+        let accepting = tokio::spawn(listener::accept(listener, entrance.clone()));
+        Ok(Self { shared, entrance, address, accepting, writers })
     }
 
     /// The address that is listened on; the port is real even when 0 was asked for.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The way in for clients that another part of the process accepts, such as WebSockets of the HTTP port.
+    pub fn door(&self) -> Door {
+        Door::of(&self.entrance)
     }
 
     /// Tells whether the writers can commit; for readiness.
@@ -151,6 +160,7 @@ impl Broker {
     /// and ends the writers. Takes at most a few seconds, even when the database is away.
     pub async fn stop(self) {
         self.accepting.abort();
+        drop(self.entrance);
         self.shared.sessions.close_all();
         let ended = tokio::time::timeout(STOP_WITHIN, self.shared.sessions.all_ended()).await;
         if ended.is_err() {

@@ -1,19 +1,58 @@
-//! The way in for sockets: accepts, admits, and hands each to a task of its own.
+//! The way in: accepts, admits, and hands each client to a task of its own.
 //!
+//! Every client comes in through one [`Door`], whatever carried it: sockets by [`accept`], WebSockets by
+//! [`Door::serve`].
 //! Holds: a handshake never delays the next accept; no more connections than `mqtt.max_connections`, and those
 //! beyond it are told so while a bounded number of refusals is under way.
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::connection;
 use crate::metrics::Limit;
 use crate::{Shared, StartError};
+
+/// What carries a client's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// A plain socket.
+    Tcp,
+    /// TLS over a socket.
+    Tls,
+    /// WebSocket, on the HTTP port.
+    WebSocket,
+}
+
+impl Transport {
+    /// The word used in logs and answers.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Tls => "tls",
+            Self::WebSocket => "websocket",
+        }
+    }
+}
+
+/// What is known of a client before its first byte.
+#[derive(Debug)]
+pub(crate) struct Arrival {
+    /// Counts the connections of this broker; no two have the same.
+    pub(crate) number: u64,
+    /// Where it comes from.
+    pub(crate) peer: SocketAddr,
+    /// What carries it.
+    pub(crate) transport: Transport,
+    /// The certificate it proved to hold the key of, in DER, with the chain it sent; gone once it was looked at.
+    pub(crate) certificate: Option<Box<[Vec<u8>]>>,
+}
 
 /// Sockets the kernel holds for us in a storm.
 const BACKLOG: u32 = 4096;
@@ -32,11 +71,68 @@ pub(crate) fn bind(address: SocketAddr) -> Result<TcpListener, StartError> {
     listen().map_err(|error| StartError::Listen { address, error })
 }
 
+/// The one way in: who comes here is counted, and served or refused.
+pub(crate) struct Entrance {
+    shared: Arc<Shared>,
+    room: Arc<Semaphore>,
+    refusals: Arc<Semaphore>,
+    arrivals: AtomicU64,
+}
+
+/// A place inside, or one where to be told that there is none.
+enum Place {
+    Inside(OwnedSemaphorePermit),
+    Refusal(OwnedSemaphorePermit),
+}
+
+impl Entrance {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        let room = Arc::new(Semaphore::new(shared.settings.max_connections));
+        let refusals = Arc::new(Semaphore::new(REFUSALS_AT_ONCE));
+        Self { shared, room, refusals, arrivals: AtomicU64::new(0) }
+    }
+
+    fn arrival(&self, peer: SocketAddr, transport: Transport) -> Arrival {
+        let number = self.arrivals.fetch_add(1, Ordering::Relaxed) + 1;
+        Arrival { number, peer, transport, certificate: None }
+    }
+
+    /// `None`: not even a refusal has room.
+    fn place(&self) -> Option<Place> {
+        if let Ok(place) = self.room.clone().try_acquire_owned() {
+            return Some(Place::Inside(place));
+        }
+        self.shared.metrics.hit(Limit::Connections);
+        self.refusals.clone().try_acquire_owned().ok().map(Place::Refusal)
+    }
+}
+
+/// Lets clients in that another part of the process has accepted.
+#[derive(Clone)]
+pub struct Door(Weak<Entrance>);
+
+impl Door {
+    pub(crate) fn of(entrance: &Arc<Entrance>) -> Self {
+        Self(Arc::downgrade(entrance))
+    }
+
+    /// Serves one client to its end, by the same rules as one from the broker's own listeners; a broker that has stopped
+    /// closes at once.
+    pub async fn serve<S>(&self, socket: S, peer: SocketAddr, transport: Transport)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let Some(entrance) = self.0.upgrade() else { return };
+        let Some(place) = entrance.place() else { return };
+        let (arrival, shared) = (entrance.arrival(peer, transport), entrance.shared.clone());
+        // A stop must not wait for whoever is inside.
+        drop(entrance);
+        serve(shared, place, socket, arrival).await;
+    }
+}
+
 /// Accepts until it is dropped.
-pub(crate) async fn accept(listener: TcpListener, shared: Arc<Shared>) {
-    let room = Arc::new(Semaphore::new(shared.settings.max_connections));
-    let refusals = Arc::new(Semaphore::new(REFUSALS_AT_ONCE));
-    let mut number = 0;
+pub(crate) async fn accept(listener: TcpListener, entrance: Arc<Entrance>) {
     loop {
         let (socket, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -45,36 +141,23 @@ pub(crate) async fn accept(listener: TcpListener, shared: Arc<Shared>) {
                 continue;
             }
         };
-        number += 1;
-        if let Ok(place) = room.clone().try_acquire_owned() {
-            spawn(shared.clone(), socket, peer, number, place, connection::serve);
-        } else {
-            shared.metrics.hit(Limit::Connections);
-            if let Ok(place) = refusals.clone().try_acquire_owned() {
-                spawn(shared.clone(), socket, peer, number, place, connection::refuse);
-            }
+        // Acknowledgements are small and must not wait for more to send.
+        if let Err(error) = socket.set_nodelay(true) {
+            tracing::debug!(%peer, %error, "the connection ended before it began");
+            continue;
+        }
+        let arrival = entrance.arrival(peer, Transport::Tcp);
+        if let Some(place) = entrance.place() {
+            tokio::spawn(serve(entrance.shared.clone(), place, socket, arrival));
         }
     }
 }
 
-fn spawn<F: Future<Output = ()> + Send + 'static>(
-    shared: Arc<Shared>,
-    socket: TcpStream,
-    peer: SocketAddr,
-    number: u64,
-    place: tokio::sync::OwnedSemaphorePermit,
-    serve: impl FnOnce(Arc<Shared>, TcpStream, SocketAddr, u64) -> F,
-) {
-    // Acknowledgements are small and must not wait for more to send.
-    if let Err(error) = socket.set_nodelay(true) {
-        tracing::debug!(%peer, %error, "the connection ended before it began");
-        return;
+async fn serve<S: AsyncRead + AsyncWrite + Unpin>(shared: Arc<Shared>, place: Place, socket: S, arrival: Arrival) {
+    match place {
+        Place::Inside(_place) => connection::serve(shared, socket, arrival).await,
+        Place::Refusal(_place) => Box::pin(connection::refuse(shared, socket, arrival)).await,
     }
-    let served = serve(shared, socket, peer, number);
-    tokio::spawn(async move {
-        served.await;
-        drop(place);
-    });
 }
 
 async fn pause_after(error: &io::Error) {

@@ -12,6 +12,7 @@
 //! | payloads that could not be read | [`dead_letter`] |
 //! | people, their passwords and access tokens | [`user`], [`token`] |
 //! | permissions, and who may do what | [`policy`] |
+//! | what a role says about topics, compiled | [`topic_rule`], over `filter_set` |
 //! | answers kept for `Idempotency-Key` | [`idempotency`] |
 //! | partitions made ahead, old days dropped | [`retention`] |
 //! | the embedded PostgreSQL, connecting and migrating | [`postgres`], [`database`] |
@@ -24,6 +25,7 @@ pub mod database;
 pub mod dead_letter;
 pub mod device;
 pub mod error;
+mod filter_set;
 pub mod id;
 pub mod idempotency;
 pub mod latest;
@@ -35,6 +37,7 @@ pub mod telemetry;
 pub mod testing;
 pub mod token;
 pub mod topic;
+pub mod topic_rule;
 pub mod user;
 
 pub use error::{Error, Result};

@@ -1,10 +1,13 @@
 //! Who may do what: one policy, asked by the REST door for permissions and by the MQTT door for topics.
 //!
 //! Deny by default; a deny rule wins over any allow rule. A [`Role`] is a set of [`Permission`]s and of topic
-//! rules with the variables `{tenant}` and `{device}`; [`Principal::topic_rules`] compiles them once a connection.
+//! rules; [`Principal::topic_rules`] are those of whoever stands at the MQTT door.
+
+use std::sync::{Arc, LazyLock};
 
 use crate::id::{DeviceId, DeviceKey, TenantId, TenantKey, UserId};
-use crate::topic;
+use crate::topic_rule::{Action, Effect, Reach, RuleSet, TopicRule};
+pub use crate::topic_rule::{Guard, TopicRules};
 
 /// What a caller may do on the REST API, as `noun:verb`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -81,17 +84,28 @@ impl Role {
         }
     }
 
-    /// `(effect, action, filter)` with variables.
-    fn topic_rules(self) -> &'static [(Effect, Action, &'static str)] {
+    fn topic_rules(self) -> Arc<RuleSet> {
         match self {
-            Self::Admin => &[
-                (Effect::Allow, Action::All, "fleet/v1/{tenant}/#"),
-                (Effect::Allow, Action::All, "app/{tenant}/#"),
-                (Effect::Allow, Action::Subscribe, "$SYS/#"),
-            ],
-            Self::Device => &[(Effect::Allow, Action::All, "fleet/v1/{tenant}/{device}/#")],
+            Self::Admin => ADMIN.clone(),
+            Self::Device => DEVICE.clone(),
         }
     }
+}
+
+static ADMIN: LazyLock<Arc<RuleSet>> = LazyLock::new(|| {
+    built_in(&[(Action::All, "fleet/v1/{tenant}/#"), (Action::All, "app/{tenant}/#"), (Action::Subscribe, "$SYS/#")])
+});
+static DEVICE: LazyLock<Arc<RuleSet>> = LazyLock::new(|| built_in(&[(Action::All, "fleet/v1/{tenant}/{device}/#")]));
+static NOTHING: LazyLock<Arc<RuleSet>> = LazyLock::new(|| built_in(&[]));
+
+fn built_in(allowed: &[(Action, &str)]) -> Arc<RuleSet> {
+    let rule = |(action, filter): &(Action, &str)| TopicRule {
+        effect: Effect::Allow,
+        action: *action,
+        filter: (*filter).to_owned(),
+    };
+    let rules = allowed.iter().map(rule).collect::<Vec<_>>();
+    Arc::new(RuleSet::compile(&rules, Reach::Platform).expect("rules written here and tested below"))
 }
 
 /// Whoever stands at a door, proven by a credential.
@@ -137,86 +151,14 @@ impl Principal {
         self.role().is_some_and(|role| role.holds(permission))
     }
 
-    /// The topic rules of this principal, with the variables filled in.
+    /// The topic rules of this principal. They are compiled once for a role, not for each who has it.
     pub fn topic_rules(&self) -> TopicRules {
         let device = match &self.who {
-            Who::Device { id, .. } => id.as_str(),
-            Who::User { .. } => "",
+            Who::Device { id, .. } => Some(id.clone()),
+            Who::User { .. } => None,
         };
-        let rules = self.role().map_or(&[][..], Role::topic_rules);
-        let rules = rules
-            .iter()
-            .map(|(effect, action, filter)| TopicRule {
-                effect: *effect,
-                action: *action,
-                filter: filter.replace("{tenant}", self.tenant_id.as_str()).replace("{device}", device),
-            })
-            .collect();
-        TopicRules { rules }
-    }
-}
-
-/// Whether a rule grants or refuses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Effect {
-    /// Grants.
-    Allow,
-    /// Refuses; wins over any grant.
-    Deny,
-}
-
-/// What a rule is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
-    /// Sending to a topic.
-    Publish,
-    /// Receiving what matches a filter.
-    Subscribe,
-    /// Both.
-    All,
-}
-
-impl Action {
-    fn covers(self, asked: Self) -> bool {
-        self == Self::All || self == asked
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct TopicRule {
-    effect: Effect,
-    action: Action,
-    filter: String,
-}
-
-/// The compiled topic rules of one principal.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct TopicRules {
-    rules: Vec<TopicRule>,
-}
-
-impl TopicRules {
-    /// Whether the principal may publish to the topic `name`.
-    pub fn may_publish(&self, name: &str) -> bool {
-        self.decide(Action::Publish, |rule| topic::matches(rule, name), |rule| topic::matches(rule, name))
-    }
-
-    /// Whether the principal may subscribe to `filter` (without `$share/{group}/`): some allow rule covers every topic
-    /// the filter can match, and no deny rule touches any of them.
-    pub fn may_subscribe(&self, filter: &str) -> bool {
-        self.decide(Action::Subscribe, |rule| topic::covers(rule, filter), |rule| topic::overlaps(rule, filter))
-    }
-
-    fn decide(&self, action: Action, allows: impl Fn(&str) -> bool, denies: impl Fn(&str) -> bool) -> bool {
-        let mut granted = false;
-        for rule in self.rules.iter().filter(|rule| rule.action.covers(action)) {
-            match rule.effect {
-                Effect::Allow => granted |= allows(&rule.filter),
-                Effect::Deny if denies(&rule.filter) => return false,
-                Effect::Deny => {}
-            }
-        }
-        granted
+        let rules = self.role().map_or_else(|| NOTHING.clone(), Role::topic_rules);
+        TopicRules::new(rules, self.tenant_id.clone(), device)
     }
 }
 
@@ -271,15 +213,5 @@ mod tests {
         assert!(!rules.may_publish("$SYS/broker/x"));
         assert!(!rules.may_subscribe("#"));
         assert!(!rules.may_subscribe("fleet/v1/+/x/telemetry"));
-    }
-
-    #[test]
-    fn a_deny_rule_wins() {
-        let rule = |effect, filter: &str| TopicRule { effect, action: Action::All, filter: filter.into() };
-        let rules = TopicRules { rules: vec![rule(Effect::Allow, "#"), rule(Effect::Deny, "a/secret")] };
-        assert!(rules.may_publish("a/open"));
-        assert!(!rules.may_publish("a/secret"));
-        assert!(!rules.may_subscribe("a/+"), "the filter would receive what is denied");
-        assert!(rules.may_subscribe("b/+"));
     }
 }

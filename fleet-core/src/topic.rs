@@ -10,6 +10,9 @@ use crate::id;
 /// What every topic of a device begins with.
 pub const ROOT: &str = "fleet/v1/";
 
+/// What every topic of an application begins with; the tenant's name follows.
+pub const APP_ROOT: &str = "app/";
+
 /// Longest topic name or filter, in bytes (MQTT 5 §1.5.4).
 pub const MAX_BYTES: usize = 65_535;
 
@@ -140,43 +143,6 @@ pub fn matches(filter: &str, topic: &str) -> bool {
     }
 }
 
-/// Whether every topic that `narrow` can match is matched by `wide` (both valid filters, neither shared).
-pub fn covers(wide: &str, narrow: &str) -> bool {
-    if narrow.starts_with('$') && wide.starts_with(['+', '#']) {
-        return false;
-    }
-    // No topic is without a first level, so these two are one.
-    let wide = if wide == "+/#" { "#" } else { wide };
-    let (mut wide, mut narrow) = (wide.split('/'), narrow.split('/'));
-    loop {
-        match (wide.next(), narrow.next()) {
-            (Some("#"), _) | (None, None) => return true,
-            (_, Some("#")) => return false,
-            (Some("+"), Some(_)) => {}
-            (Some(w), Some(n)) if w == n => {}
-            _ => return false,
-        }
-    }
-}
-
-/// Whether some topic is matched by both filters (valid, neither shared).
-pub fn overlaps(one: &str, other: &str) -> bool {
-    let dollar = |filter: &str| filter.starts_with('$');
-    let wild = |filter: &str| filter.starts_with(['+', '#']);
-    if (dollar(one) && wild(other)) || (dollar(other) && wild(one)) {
-        return false;
-    }
-    let (mut one, mut other) = (one.split('/'), other.split('/'));
-    loop {
-        match (one.next(), other.next()) {
-            (Some("#"), _) | (_, Some("#")) | (None, None) => return true,
-            (Some("+"), Some(_)) | (Some(_), Some("+")) => {}
-            (Some(a), Some(b)) if a == b => {}
-            _ => return false,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::collection::vec;
@@ -184,6 +150,7 @@ mod tests {
     use proptest::sample::select;
 
     use super::*;
+    use crate::filter_set::tests::filter;
 
     // ---- a device's topics ----
 
@@ -257,16 +224,6 @@ mod tests {
             .prop_filter("not empty", |topic| !topic.is_empty())
     }
 
-    fn filter() -> impl Strategy<Value = String> {
-        let levels = vec(select(vec!["a", "b", "", "$s", "+", "+"]), 0..4);
-        (levels, any::<bool>())
-            .prop_map(|(mut levels, all)| {
-                levels.extend(all.then_some("#"));
-                levels.join("/")
-            })
-            .prop_filter("not empty", |filter| !filter.is_empty())
-    }
-
     /// MQTT 5 §4.7 word by word, with no thought for speed.
     fn naive_matches(filter: &str, topic: &str) -> bool {
         fn levels_match(filter: &[&str], topic: &[&str]) -> bool {
@@ -283,22 +240,6 @@ mod tests {
         !hidden && levels_match(&filter, &topic)
     }
 
-    /// Every topic of up to five levels over the alphabet of the filters and one level that no filter names. The empty
-    /// one is among them: `/#` and `+` are said to overlap, though only in a name nobody may publish to.
-    fn every_topic() -> Vec<String> {
-        let mut topics: Vec<String> = Vec::new();
-        let mut longest = vec![String::new()];
-        for depth in 0..5 {
-            let deeper = |topic: &String| {
-                let start = if depth == 0 { String::new() } else { format!("{topic}/") };
-                ["a", "b", "", "$s", "z"].map(|level| format!("{start}{level}"))
-            };
-            longest = longest.iter().flat_map(deeper).collect();
-            topics.extend_from_slice(&longest);
-        }
-        topics
-    }
-
     proptest! {
         #[test]
         fn matching_is_what_the_standard_says(filter in filter(), topic in topic()) {
@@ -309,18 +250,6 @@ mod tests {
         #[test]
         fn a_name_is_a_filter_that_matches_itself(topic in topic()) {
             prop_assert!(is_valid_filter(&topic) && matches(&topic, &topic));
-        }
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(400))]
-
-        #[test]
-        fn covering_and_overlapping_are_what_all_topics_say(one in filter(), other in filter()) {
-            let both = || every_topic().into_iter().filter(|topic| naive_matches(&other, topic));
-            prop_assert_eq!(covers(&one, &other), both().all(|topic| naive_matches(&one, &topic)));
-            prop_assert_eq!(overlaps(&one, &other), both().any(|topic| naive_matches(&one, &topic)));
-            prop_assert_eq!(overlaps(&one, &other), overlaps(&other, &one));
         }
     }
 }

@@ -9,6 +9,7 @@
 //! | the subscription tree and retained messages | `router.rs` |
 //! | who may connect, and on which topics | `access.rs` |
 //! | queue → writer → database → acknowledgement | `ingest.rs` |
+//! | connection events on their way to the database | `events.rs` |
 //! | the protocol's bytes | [`wire`] |
 //!
 //! Holds: a PUBACK for `telemetry` or `status` is sent only after COMMIT, in order (ADR 4). No input panics the
@@ -17,6 +18,7 @@
 
 mod access;
 mod connection;
+mod events;
 mod handshake;
 mod ingest;
 mod listener;
@@ -42,6 +44,7 @@ pub use listener::{Door, Transport};
 pub use metrics::Metrics;
 
 use access::Access;
+use events::Events;
 use ingest::Ingest;
 use listener::Entrance;
 use router::Router;
@@ -95,6 +98,8 @@ struct Shared {
     sessions: Sessions,
     ingest: Ingest,
     metrics: Metrics,
+    #[expect(dead_code, reason = "what notes events follows")]
+    events: Events,
     clock: Clock,
 }
 
@@ -105,6 +110,7 @@ pub struct Broker {
     address: SocketAddr,
     accepting: tokio::task::JoinHandle<()>,
     writers: ingest::Writers,
+    events: events::Writing,
 }
 
 impl Broker {
@@ -122,6 +128,7 @@ impl Broker {
         drop(db);
         let router = Router::new(parts.mqtt.max_retained, metrics.clone());
         let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &router, &metrics);
+        let (events, writing) = Events::start(parts.db.clone(), metrics.clone());
         let shared = Arc::new(Shared {
             access: Access::new(parts.db, parts.keys, parts.clock.clone()),
             sessions: Sessions::default(),
@@ -130,10 +137,11 @@ impl Broker {
             router,
             ingest,
             metrics,
+            events,
         });
         let entrance = Arc::new(Entrance::new(shared.clone()));
         let accepting = tokio::spawn(listener::accept(listener, entrance.clone()));
-        Ok(Self { shared, entrance, address, accepting, writers })
+        Ok(Self { shared, entrance, address, accepting, writers, events: writing })
     }
 
     /// The address that is listened on; the port is real even when 0 was asked for.
@@ -168,5 +176,6 @@ impl Broker {
         }
         drop(self.shared);
         self.writers.stop(STOP_WITHIN).await;
+        self.events.stop().await;
     }
 }

@@ -80,10 +80,12 @@ pub(crate) enum Limit {
     IngestQueue,
     /// The client's own Maximum Packet Size: not sent
     ClientPacketBytes,
+    /// Connection events that found no room on their way to the database: forgotten
+    Events,
 }
 
 impl Limit {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Connections,
         Self::PacketBytes,
         Self::ReceiveMaximum,
@@ -95,6 +97,7 @@ impl Limit {
         Self::PacketTimeout,
         Self::IngestQueue,
         Self::ClientPacketBytes,
+        Self::Events,
     ];
 
     fn label(self) -> &'static str {
@@ -110,6 +113,7 @@ impl Limit {
             Self::PacketTimeout => "packet_timeout",
             Self::IngestQueue => "ingest_queue",
             Self::ClientPacketBytes => "client_packet_bytes",
+            Self::Events => "events",
         }
     }
 }

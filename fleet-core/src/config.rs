@@ -106,6 +106,8 @@ pub struct Retention {
     pub telemetry_max_bytes: u64,
     pub dead_letter_days: u32,
     pub dead_letter_max_rows: i64,
+    pub connection_event_days: u32,
+    pub connection_event_max_rows: i64,
 }
 
 /// `[log]`
@@ -277,6 +279,7 @@ impl Config {
             (self.auth.login_concurrency > 0, "auth.login_concurrency: expected at least 1"),
             (self.retention.telemetry_days > 0, "retention.telemetry_days: expected at least 1"),
             (self.retention.dead_letter_days > 0, "retention.dead_letter_days: expected at least 1"),
+            (self.retention.connection_event_days > 0, "retention.connection_event_days: expected at least 1"),
         ];
         match rules.iter().find(|(holds, _)| !holds) {
             Some((_, rule)) => Err(BadConfig((*rule).to_owned())),

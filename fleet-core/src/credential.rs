@@ -14,9 +14,10 @@ use sqlx::PgConnection;
 use subtle::ConstantTimeEq;
 
 use crate::config::Secret;
+use crate::control;
 use crate::error::{Error, Result};
 use crate::id::{CredentialId, DeviceId, DeviceKey, TenantId, TenantKey};
-use crate::policy::{Principal, Who};
+use crate::policy::{Principal, Proof, Who};
 
 /// Credentials of one device that may be valid at once: the one in use and the one that replaces it.
 pub const MAX_VALID: usize = 2;
@@ -74,7 +75,8 @@ pub async fn verify(
     let offered = Sha256::digest(secret);
     let stored = sqlx::query!(
         r#"
-        select t.key as "tenant: TenantKey", d.key as "device: DeviceKey", c.secret_hash
+        select t.key as "tenant: TenantKey", d.key as "device: DeviceKey",
+               c.id as "credential: CredentialId", c.secret_hash, c.expires_at
           from tenant t
           join device d on d.tenant_key = t.key and d.id = $2 and not d.disabled
           join credential c on c.device_key = d.key and c.revoked_at is null
@@ -88,16 +90,17 @@ pub async fn verify(
     .fetch_all(db)
     .await?;
     // All are compared, so that the time taken does not tell which of them matched.
-    let mut keys = None;
+    let mut matched = None;
     for row in stored {
         if bool::from(row.secret_hash.ct_eq(offered.as_slice())) {
-            keys = Some((row.tenant, row.device));
+            matched = Some(row);
         }
     }
-    Ok(keys.map(|(key, device_key)| Principal {
-        tenant: key,
+    Ok(matched.map(|row| Principal {
+        tenant: row.tenant,
         tenant_id: tenant,
-        who: Who::Device { key: device_key, id: device },
+        who: Who::Device { key: row.device, id: device },
+        proof: Proof { credential: Some(row.credential), valid_until: row.expires_at },
     }))
 }
 
@@ -143,7 +146,9 @@ pub async fn rotate(
     }
     let older = older.into_iter().map(CredentialId::uuid).collect::<Vec<_>>();
     sqlx::query!("update credential set revoked_at = $2 where id = any($1)", &older, now).execute(&mut *db).await?;
-    insert(db, &device, id, now).await
+    let issued = insert(db, &device, id, now).await?;
+    control::bump(db).await?;
+    Ok(issued)
 }
 
 /// Ends a credential at once; ending it again changes nothing.
@@ -161,9 +166,9 @@ pub async fn revoke(
         device.key.0,
         now
     )
-    .execute(db)
+    .execute(&mut *db)
     .await?;
-    if ended.rows_affected() == 0 { Err(Error::NoSuchCredential(credential)) } else { Ok(()) }
+    if ended.rows_affected() == 0 { Err(Error::NoSuchCredential(credential)) } else { control::bump(db).await }
 }
 
 /// The credentials of a device, newest first: the valid ones and at most [`MAX_ENDED`] ended ones.

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use sqlx::PgConnection;
 use sqlx::types::Json;
 
+use crate::control;
 use crate::credential::{self, Issued};
 use crate::error::{Error, OrOn, Result};
 use crate::id::{DeviceId, DeviceKey, TenantKey, is_name};
@@ -370,6 +371,9 @@ pub async fn update(
         _ => None,
     };
     write(db, &new, gateway, now).await?;
+    if new.disabled != old.disabled {
+        control::bump(db).await?;
+    }
     find(db, tenant, id).await
 }
 
@@ -418,8 +422,8 @@ pub async fn delete(
     )
     .execute(&mut *db)
     .await?;
-    sqlx::query!("delete from device where key = $1", device.key.0).execute(db).await?;
-    Ok(())
+    sqlx::query!("delete from device where key = $1", device.key.0).execute(&mut *db).await?;
+    control::bump(db).await
 }
 
 fn check_version(device: &Device, expected: &[i64]) -> Result<()> {

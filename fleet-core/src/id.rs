@@ -2,7 +2,7 @@
 //!
 //! A *name* ([`TenantId`], [`DeviceId`]) is what people and topics use and never changes. A *key*
 //! ([`TenantKey`], [`DeviceKey`]) is the narrow number rows refer to; it never leaves the server.
-//! Everything else has a uuid v7 inside and a prefixed form outside: `crd_…`, `usr_…`, `dlq_…`.
+//! Everything else has a uuid v7 inside and a prefixed form outside: `crd_…`, `usr_…`, `con_…`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -179,6 +179,8 @@ macro_rules! id {
 id!(CredentialId, "crd", "device credential");
 id!(UserId, "usr", "user");
 id!(DeadLetterId, "dlq", "dead letter");
+id!(ConnectionId, "con", "connection of a client");
+id!(ConnectionEventId, "cev", "connection event");
 
 #[cfg(test)]
 mod tests {

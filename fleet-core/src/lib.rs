@@ -13,6 +13,8 @@
 //! | people, their passwords and access tokens | [`user`], [`token`] |
 //! | permissions, and who may do what | [`policy`] |
 //! | what a role says about topics, compiled | [`topic_rule`], over `filter_set` |
+//! | what the doors tell each other of open connections, and every change of rights | [`control`] |
+//! | what happened to a client's connection | [`connection_event`] |
 //! | answers kept for `Idempotency-Key` | [`idempotency`] |
 //! | partitions made ahead, old days dropped | [`retention`] |
 //! | the embedded PostgreSQL, connecting and migrating | [`postgres`], [`database`] |
@@ -20,6 +22,8 @@
 
 pub mod clock;
 pub mod config;
+pub mod connection_event;
+pub mod control;
 pub mod credential;
 pub mod database;
 pub mod dead_letter;

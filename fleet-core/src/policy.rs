@@ -5,7 +5,9 @@
 
 use std::sync::{Arc, LazyLock};
 
-use crate::id::{DeviceId, DeviceKey, TenantId, TenantKey, UserId};
+use chrono::{DateTime, Utc};
+
+use crate::id::{CredentialId, DeviceId, DeviceKey, TenantId, TenantKey, UserId};
 use crate::topic_rule::{Action, Effect, Reach, RuleSet, TopicRule};
 pub use crate::topic_rule::{Guard, TopicRules};
 
@@ -117,6 +119,17 @@ pub struct Principal {
     pub tenant_id: TenantId,
     /// Device or user.
     pub who: Who,
+    /// What it was proven by.
+    pub proof: Proof,
+}
+
+/// What a principal was proven by, so that an open connection can end with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Proof {
+    /// The device's credential, when that has a row; it ends the connection when it is revoked.
+    pub credential: Option<CredentialId>,
+    /// The proof is worth nothing from then on; `None`: until somebody ends it.
+    pub valid_until: Option<DateTime<Utc>>,
 }
 
 /// The kind of a principal.
@@ -171,6 +184,7 @@ mod tests {
             tenant: TenantKey(1),
             tenant_id: "main".parse().unwrap(),
             who: Who::Device { key: DeviceKey(7), id: id.parse().unwrap() },
+            proof: Proof::default(),
         }
     }
 

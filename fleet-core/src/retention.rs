@@ -73,6 +73,8 @@ pub struct Swept {
     pub dead_letters: u64,
     /// Answers kept for an `Idempotency-Key`.
     pub idempotency: u64,
+    /// Connection events, by age or by number.
+    pub connection_events: u64,
     /// Whether there is more to remove: a statement's bound was reached, or a lock was not to be had.
     pub unfinished: bool,
 }
@@ -204,6 +206,7 @@ pub async fn sweep(db: &mut PgConnection, retention: &Retention, now: DateTime<U
     sweep_late(db, retention, now, &mut swept).await?;
     sweep_dead_letters(db, retention, now, &mut swept).await?;
     sweep_idempotency(db, now, &mut swept).await?;
+    sweep_connection_events(db, retention, now, &mut swept).await?;
     Ok(swept)
 }
 
@@ -362,5 +365,50 @@ async fn sweep_idempotency(db: &mut PgConnection, now: DateTime<Utc>, swept: &mu
     .await?;
     swept.idempotency += rounds.gone;
     swept.unfinished |= rounds.unfinished;
+    Ok(())
+}
+
+async fn sweep_connection_events(
+    db: &mut PgConnection,
+    retention: &Retention,
+    now: DateTime<Utc>,
+    swept: &mut Swept,
+) -> Result<()> {
+    let keep_from = now - days(retention.connection_event_days);
+    let rounds = delete(db, || {
+        sqlx::query!(
+            "delete from connection_event
+              where id = any(array(select id from connection_event where at < $1 limit $2))",
+            keep_from,
+            DELETE_ROWS,
+        )
+    })
+    .await?;
+    swept.connection_events += rounds.gone;
+    swept.unfinished |= rounds.unfinished;
+    let excess = sqlx::query!(
+        r#"
+        select t.key, last.id as "id!" from tenant t
+    cross join lateral (
+               select e.id from connection_event e where e.tenant_key = t.key order by e.id desc offset $1 limit 1) last
+        "#,
+        retention.connection_event_max_rows.max(0),
+    )
+    .fetch_all(&mut *db)
+    .await?;
+    for tenant in excess {
+        let rounds = delete(db, || {
+            sqlx::query!(
+                "delete from connection_event
+                  where id = any(array(select id from connection_event where tenant_key = $1 and id <= $2 limit $3))",
+                tenant.key,
+                tenant.id,
+                DELETE_ROWS,
+            )
+        })
+        .await?;
+        swept.connection_events += rounds.gone;
+        swept.unfinished |= rounds.unfinished;
+    }
     Ok(())
 }

@@ -18,7 +18,7 @@ use crate::clock::Clock;
 use crate::config::Secret;
 use crate::error::{Error, Result};
 use crate::id::{TenantId, TenantKey, UserId};
-use crate::policy::{Principal, Role, Who};
+use crate::policy::{Principal, Proof, Role, Who};
 
 /// Longest token that is looked at, in bytes.
 pub const MAX_TOKEN_BYTES: usize = 4096;
@@ -88,8 +88,8 @@ impl Keys {
         Ok(AccessToken { token: token.into(), expires_in_s: self.lifetime.num_seconds().unsigned_abs() })
     }
 
-    /// The user a token names, when it is one of ours and has not expired.
-    async fn user(&self, db: &mut PgConnection, token: &str, now: DateTime<Utc>) -> Result<UserId> {
+    /// The user a token names and until when, when it is one of ours and has not expired.
+    async fn user(&self, db: &mut PgConnection, token: &str, now: DateTime<Utc>) -> Result<(UserId, DateTime<Utc>)> {
         if token.len() > MAX_TOKEN_BYTES {
             return Err(Error::BadToken("too long"));
         }
@@ -99,7 +99,9 @@ impl Keys {
         let claims = jsonwebtoken::decode::<Claims>(token, &key, &validation())
             .map_err(|_| Error::BadToken("not a token of this server"))?
             .claims;
-        if now.timestamp() >= claims.exp { Err(Error::BadToken("expired")) } else { Ok(claims.sub) }
+        let expires_at =
+            DateTime::from_timestamp(claims.exp, 0).ok_or(Error::BadToken("not a token of this server"))?;
+        if now >= expires_at { Err(Error::BadToken("expired")) } else { Ok((claims.sub, expires_at)) }
     }
 
     async fn key(&self, db: &mut PgConnection, kid: &str, now: DateTime<Utc>) -> Result<Option<DecodingKey>> {
@@ -132,7 +134,7 @@ fn validation() -> Validation {
 
 /// Who stands behind a token: a user that still exists and is not disabled, with the role it has now.
 pub async fn principal(db: &mut PgConnection, keys: &Keys, token: &str, now: DateTime<Utc>) -> Result<Principal> {
-    let user = keys.user(db, token, now).await?;
+    let (user, expires_at) = keys.user(db, token, now).await?;
     let row = sqlx::query!(
         r#"
         select t.key as "tenant: TenantKey", t.id as "tenant_id: TenantId", u.role
@@ -146,7 +148,8 @@ pub async fn principal(db: &mut PgConnection, keys: &Keys, token: &str, now: Dat
     .await?
     .ok_or(Error::BadToken("its user is gone or disabled"))?;
     let role = row.role.as_deref().and_then(Role::of_user);
-    Ok(Principal { tenant: row.tenant, tenant_id: row.tenant_id, who: Who::User { id: user, role } })
+    let proof = Proof { credential: None, valid_until: Some(expires_at) };
+    Ok(Principal { tenant: row.tenant, tenant_id: row.tenant_id, who: Who::User { id: user, role }, proof })
 }
 
 /// Makes a key unless there is one. Two processes may both make theirs; both keys are then accepted everywhere.

@@ -4,6 +4,7 @@ use chrono::TimeDelta;
 
 use super::*;
 use crate::clock::from_ms;
+use crate::connection_event::{self, Event, Kind, Tallies};
 use crate::dead_letter::{self, DeadLetter};
 use crate::id::{DeadLetterId, DeviceKey, TenantKey};
 use crate::telemetry::fixture::{NOW, Writer, enrol};
@@ -13,7 +14,14 @@ use crate::testing::TestDb;
 const DAY_MS: i64 = 24 * 3_600_000;
 
 fn retention() -> Retention {
-    Retention { telemetry_days: 3, telemetry_max_bytes: 0, dead_letter_days: 30, dead_letter_max_rows: 1_000 }
+    Retention {
+        telemetry_days: 3,
+        telemetry_max_bytes: 0,
+        dead_letter_days: 30,
+        dead_letter_max_rows: 1_000,
+        connection_event_days: 30,
+        connection_event_max_rows: 1_000,
+    }
 }
 
 fn now() -> DateTime<Utc> {
@@ -257,6 +265,32 @@ async fn dead_letters_go_by_age_and_by_number() {
 }
 
 #[tokio::test]
+async fn connection_events_go_by_age_and_by_number() {
+    let db = TestDb::new().await;
+    let mut conn = db.pool().acquire().await.unwrap();
+    for n in 0..20 {
+        let event = Event {
+            tenant: db.tenant(),
+            device: None,
+            client_id: format!("client-{n}"),
+            kind: Kind::Flapping,
+            detail: serde_json::json!({}),
+            at_ms: NOW - (30 - n) * DAY_MS - 1,
+        };
+        let mut tallies = Tallies::default();
+        assert!(tallies.add(event, 1));
+        connection_event::record(&mut conn, &tallies).await.unwrap();
+    }
+    let swept = sweep(&mut conn, &retention(), now()).await.unwrap();
+    assert_eq!((swept.connection_events, swept.unfinished), (1, false), "by age");
+    let few = Retention { connection_event_max_rows: 5, ..retention() };
+    assert_eq!(sweep(&mut conn, &few, now()).await.unwrap().connection_events, 14, "by number");
+    let left = connection_event::page(&mut conn, db.tenant(), None, None, None, 100).await.unwrap();
+    let clients: Vec<_> = left.iter().map(|row| row.client_id.as_str()).collect();
+    assert_eq!(clients, ["client-19", "client-18", "client-17", "client-16", "client-15"], "the newest stay");
+}
+
+#[tokio::test]
 async fn answers_for_repeated_requests_go_after_a_day() {
     let db = TestDb::new().await;
     let mut conn = db.pool().acquire().await.unwrap();
@@ -298,6 +332,8 @@ async fn what_is_kept_for_ever_is_never_dropped() {
         telemetry_max_bytes: u64::MAX,
         dead_letter_days: u32::MAX,
         dead_letter_max_rows: i64::MAX,
+        connection_event_days: u32::MAX,
+        connection_event_max_rows: i64::MAX,
     };
     assert_eq!(sweep(&mut conn, &always, now()).await.unwrap(), Swept::default());
     assert_eq!(next_drop(&mut conn, &always, now()).await.unwrap().map(|next| next.day), Some(day(-1)));

@@ -190,6 +190,7 @@ async fn start_broker(
 ) -> Result<Broker, broker::StartError> {
     Broker::start(Parts {
         mqtt: config.mqtt.clone(),
+        admission: config.admission.clone(),
         ingest: config.ingest.clone(),
         db: database.pool().clone(),
         writer_options: database.options(),

@@ -4,37 +4,77 @@
 //! is not said. While the database is away nobody new is let in, and is told so.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use bytes::Bytes;
 use bytestring::ByteString;
 use fleet_core::clock::Clock;
-use fleet_core::credential;
+use fleet_core::config;
+use fleet_core::credential::{self, Offer};
 use fleet_core::policy::{Principal, TopicRules, Who};
 use fleet_core::token::{self, Keys};
 use fleet_core::topic::{Channel, DeviceTopic};
 use sqlx::PgPool;
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
+use crate::batch::{Batcher, Bounds, NoAnswer};
 use crate::ingest::Sender;
 use crate::listener::Arrival;
+use crate::metrics::{Limit, Metrics};
 use crate::wire::{Connect, Reason};
 
-/// Credentials verified at once; a storm of connects queues here, not in front of the REST API's connections.
-const VERIFY_AT_ONCE: usize = 8;
+/// Access tokens verified at once: users are few, and must not take the REST API's connections.
+const TOKENS_AT_ONCE: usize = 4;
 
 /// Decides who may come in.
 pub(crate) struct Access {
     db: PgPool,
     keys: Arc<Keys>,
     clock: Clock,
-    verifying: Semaphore,
+    metrics: Metrics,
+    within: Duration,
+    /// Devices come in thousands at once: their tokens are verified together.
+    devices: Batcher<DeviceToken, Option<Principal>>,
+    users: Semaphore,
 }
 
-/// Why a CONNECT was refused: the reason code, and a text for the client.
-pub(crate) type Refusal = (Reason, &'static str);
+/// `{tenant}/{device}` and a token.
+type DeviceToken = (ByteString, Bytes);
+
+/// Why a CONNECT was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    pub(crate) reason: Reason,
+    /// For the client, MQTT 5.
+    pub(crate) text: &'static str,
+    /// When the client should come again, where that is known.
+    pub(crate) retry_after: Option<Duration>,
+}
+
+impl From<(Reason, &'static str)> for Refusal {
+    fn from((reason, text): (Reason, &'static str)) -> Self {
+        Self { reason, text, retry_after: None }
+    }
+}
 
 impl Access {
-    pub(crate) fn new(db: PgPool, keys: Arc<Keys>, clock: Clock) -> Self {
-        Self { db, keys, clock, verifying: Semaphore::new(VERIFY_AT_ONCE) }
+    pub(crate) fn new(
+        db: PgPool,
+        keys: Arc<Keys>,
+        clock: Clock,
+        settings: &config::Admission,
+        metrics: &Metrics,
+    ) -> Self {
+        let within = Duration::from_millis(settings.authentication_timeout_ms);
+        let gauge = metrics.authenticating.clone();
+        let bounds = Bounds { waiting: settings.max_authentications, within, gauge };
+        let devices = Batcher::start(bounds, {
+            let (db, clock) = (db.clone(), clock.clone());
+            move |tokens| verify_devices(db.clone(), clock.clone(), tokens)
+        });
+        let users = Semaphore::new(TOKENS_AT_ONCE);
+        Self { db, keys, clock, metrics: metrics.clone(), within, devices, users }
     }
 
     /// Who stands behind a CONNECT: a device by `{tenant}/{device}` and its token, or a user by e-mail and access
@@ -43,32 +83,55 @@ impl Access {
         // It is not kept beyond this: an idle connection must stay small.
         let _certificate = arrival.certificate.take();
         let (Some(username), Some(password)) = (&connect.username, &connect.password) else {
-            return Err((Reason::NotAuthorized, "expected a user name and a password"));
+            return Err((Reason::NotAuthorized, "expected a user name and a password").into());
         };
-        match self.verify(username, password).await {
+        let found = if username.contains('/') {
+            self.devices.ask((username.clone(), password.clone())).await
+        } else {
+            timeout(self.within, self.user(password)).await.unwrap_or(Err(NoAnswer::Late))
+        };
+        match found {
             Ok(Some(principal)) => Ok(principal),
-            Ok(None) => Err((Reason::BadUserNameOrPassword, "user name or password is wrong")),
-            Err(error) => {
-                tracing::warn!(%error, "a credential could not be verified");
-                Err((Reason::ServerUnavailable, "the database is away: try again shortly"))
+            Ok(None) => Err((Reason::BadUserNameOrPassword, "user name or password is wrong").into()),
+            Err(NoAnswer::Failed) => Err((Reason::ServerUnavailable, "the database is away: try again shortly").into()),
+            Err(NoAnswer::Full) => {
+                self.metrics.hit(Limit::Authentications);
+                Err((Reason::ServerBusy, "too many clients are being authenticated").into())
+            }
+            Err(NoAnswer::Late) => {
+                self.metrics.hit(Limit::AuthenticationTimeout);
+                Err((Reason::ServerBusy, "the client was not authenticated in time").into())
             }
         }
     }
 
-    async fn verify(&self, username: &str, password: &[u8]) -> fleet_core::Result<Option<Principal>> {
-        let _turn = self.verifying.acquire().await.expect("the semaphore is never closed");
-        let mut db = self.db.acquire().await?;
-        let now = self.clock.now();
-        if username.contains('/') {
-            return credential::verify(&mut db, username, password, now).await;
-        }
+    async fn user(&self, password: &[u8]) -> Result<Option<Principal>, NoAnswer> {
         let Ok(token) = std::str::from_utf8(password) else { return Ok(None) };
-        match token::principal(&mut db, &self.keys, token, now).await {
+        let _turn = self.users.acquire().await.expect("the semaphore is never closed");
+        let verified = async {
+            let mut db = self.db.acquire().await?;
+            token::principal(&mut db, &self.keys, token, self.clock.now()).await
+        };
+        match verified.await {
             Ok(principal) => Ok(Some(principal)),
             Err(fleet_core::Error::BadToken(_)) => Ok(None),
-            Err(error) => Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "an access token could not be verified");
+                Err(NoAnswer::Failed)
+            }
         }
     }
+}
+
+/// Who stands behind each of these; `None` when the database cannot say.
+async fn verify_devices(db: PgPool, clock: Clock, tokens: Vec<DeviceToken>) -> Option<Vec<Option<Principal>>> {
+    let verified = async {
+        let mut db = db.acquire().await?;
+        let offers: Vec<_> = tokens.iter().map(|(username, secret)| Offer { username, secret }).collect();
+        credential::verify_many(&mut db, &offers, clock.now()).await
+    };
+    let found: fleet_core::Result<_> = verified.await;
+    found.inspect_err(|error| tracing::warn!(%error, devices = tokens.len(), "credentials could not be verified")).ok()
 }
 
 /// What becomes of a message on a topic.

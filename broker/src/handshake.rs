@@ -24,6 +24,8 @@ use crate::wire::{ConnAck, Connect, Decoder, Encoder, Outgoing, Packet, QoS, Rea
 const MAX_CONNECT_BYTES: u32 = 64 * 1024;
 /// Longest client id, in bytes; the standard asks for at least 23 (MQTT 5 §3.1.3.1).
 const MAX_CLIENT_ID_BYTES: usize = 256;
+/// User property of a refusal: when to come again, in milliseconds.
+const RETRY_AFTER: &str = "retry-after-ms";
 /// How long telling somebody to go may take.
 pub(crate) const FAREWELL_WITHIN: Duration = Duration::from_secs(1);
 
@@ -59,7 +61,7 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
             Some(Admitted { stream, decoder, encoder, connect, rights, session, answer, keep_alive })
         }
         Err(refusal) => {
-            tracing::debug!(peer = %arrival.peer, reason = %refusal.0, text = refusal.1, "a client was turned away");
+            tracing::debug!(peer = %arrival.peer, reason = %refusal.reason, text = refusal.text, "a client was turned away");
             turn_away(shared, &mut stream, &encoder, refusal).await;
             None
         }
@@ -69,10 +71,7 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
 /// Tells a client that the broker is full (MQTT 5: 0x97, 3.1.1: 3) and closes.
 pub(crate) async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(shared: &Shared, socket: S, arrival: &Arrival) {
     if let Some((mut stream, _, connect)) = read_connect(shared, socket, arrival).await {
-        let refusal = match connect.version {
-            Version::V5 => (Reason::QuotaExceeded, "the broker holds as many connections as it may"),
-            Version::V311 => (Reason::ServerUnavailable, ""),
-        };
+        let refusal = (Reason::QuotaExceeded, "the broker holds as many connections as it may");
         turn_away(shared, &mut stream, &Encoder::for_client(&connect), refusal).await;
     }
 }
@@ -129,11 +128,17 @@ pub(crate) async fn turn_away<S: AsyncRead + AsyncWrite + Unpin>(
     shared: &Shared,
     stream: &mut Stream<S>,
     encoder: &Encoder,
-    (reason, text): Refusal,
+    refusal: impl Into<Refusal>,
 ) {
+    let Refusal { reason, text, retry_after } = refusal.into();
     shared.metrics.connects.with_label_values(&[reason.text()]).inc();
     let text = (!text.is_empty()).then(|| ByteString::from_static(text));
-    say_goodbye(stream, encoder, Outgoing::ConnAck(&ConnAck::refusal(reason, text))).await;
+    let mut answer = ConnAck::refusal(reason, text);
+    if let Some(wait) = retry_after {
+        let value = ByteString::from(wait.as_millis().to_string());
+        answer.user_properties.push((ByteString::from_static(RETRY_AFTER), value));
+    }
+    say_goodbye(stream, encoder, Outgoing::ConnAck(&answer)).await;
 }
 
 /// Sends a last packet and closes; a client that does not read is not waited for.
@@ -151,23 +156,23 @@ pub(crate) async fn say_goodbye<S: AsyncRead + AsyncWrite + Unpin>(
 /// Whether the client may come in, and with which rights.
 async fn admit(shared: &Shared, connect: &Connect, arrival: &mut Arrival) -> Result<(Principal, Rights), Refusal> {
     if connect.authentication_method.is_some() {
-        return Err((Reason::BadAuthenticationMethod, "extended authentication is not offered"));
+        return Err((Reason::BadAuthenticationMethod, "extended authentication is not offered").into());
     }
     if connect.client_id.len() > MAX_CLIENT_ID_BYTES {
-        return Err((Reason::ClientIdentifierNotValid, "expected a client id of at most 256 bytes"));
+        return Err((Reason::ClientIdentifierNotValid, "expected a client id of at most 256 bytes").into());
     }
     if connect.client_id.is_empty() && connect.version == Version::V311 && !connect.clean_start {
-        return Err((Reason::ClientIdentifierNotValid, "an empty client id needs a clean session"));
+        return Err((Reason::ClientIdentifierNotValid, "an empty client id needs a clean session").into());
     }
     let principal = shared.access.authenticate(connect, arrival).await?;
     let mut rights = Rights::new(&principal);
     if let Some(will) = &connect.will {
         if will.qos == QoS::ExactlyOnce {
-            return Err((Reason::QosNotSupported, "expected a will of QoS 0 or 1"));
+            return Err((Reason::QosNotSupported, "expected a will of QoS 0 or 1").into());
         }
         if let Err(text) = rights.publish(&will.topic) {
             shared.metrics.denied.with_label_values(&["connect"]).inc();
-            return Err((Reason::NotAuthorized, text));
+            return Err((Reason::NotAuthorized, text).into());
         }
     }
     Ok((principal, rights))

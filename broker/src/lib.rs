@@ -7,7 +7,7 @@
 //! | one client: packets in, packets out, its limits | `connection.rs`, over the bytes of `stream.rs` |
 //! | what belongs to a client: subscriptions, in-flight messages, its mailbox | `session.rs` |
 //! | the subscription tree and retained messages | `router.rs` |
-//! | who may connect, and on which topics | `access.rs` |
+//! | who may connect, and on which topics | `access.rs`, many at once by `batch.rs` |
 //! | queue → writer → database → acknowledgement | `ingest.rs` |
 //! | connection events on their way to the database | `events.rs` |
 //! | the protocol's bytes | [`wire`] |
@@ -17,6 +17,7 @@
 //! Ignorant of: HTTP, and of what readings mean.
 
 mod access;
+mod batch;
 mod connection;
 mod events;
 mod handshake;
@@ -57,6 +58,8 @@ const STOP_WITHIN: Duration = Duration::from_secs(8);
 pub struct Parts {
     /// Settings of the door.
     pub mqtt: config::Mqtt,
+    /// Who is let in, and how fast.
+    pub admission: config::Admission,
     /// Settings of the writers.
     pub ingest: config::Ingest,
     /// For credentials; the writers have connections of their own.
@@ -130,7 +133,7 @@ impl Broker {
         let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &router, &metrics);
         let (events, writing) = Events::start(parts.db.clone(), metrics.clone());
         let shared = Arc::new(Shared {
-            access: Access::new(parts.db, parts.keys, parts.clock.clone()),
+            access: Access::new(parts.db, parts.keys, parts.clock.clone(), &parts.admission, &metrics),
             sessions: Sessions::default(),
             settings: parts.mqtt,
             clock: parts.clock,

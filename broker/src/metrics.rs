@@ -9,6 +9,8 @@ use crate::wire::Reason;
 pub struct Metrics {
     /// Connections that are open and authenticated.
     pub connections: IntGauge,
+    /// CONNECTs that wait for their credential to be verified.
+    pub authenticating: IntGauge,
     /// CONNECTs answered, by what they were answered.
     pub connects: IntCounterVec,
     /// Connections ended, by why.
@@ -74,6 +76,10 @@ pub(crate) enum Limit {
     Retained,
     /// `mqtt.connect_timeout_ms`
     ConnectTimeout,
+    /// `admission.max_authentications`
+    Authentications,
+    /// `admission.authentication_timeout_ms`
+    AuthenticationTimeout,
     /// `mqtt.packet_timeout_ms`
     PacketTimeout,
     /// `ingest.queue_messages` or `ingest.queue_bytes`: the socket was not read for a while
@@ -85,7 +91,7 @@ pub(crate) enum Limit {
 }
 
 impl Limit {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 14] = [
         Self::Connections,
         Self::PacketBytes,
         Self::ReceiveMaximum,
@@ -94,6 +100,8 @@ impl Limit {
         Self::OutboxFull,
         Self::Retained,
         Self::ConnectTimeout,
+        Self::Authentications,
+        Self::AuthenticationTimeout,
         Self::PacketTimeout,
         Self::IngestQueue,
         Self::ClientPacketBytes,
@@ -110,6 +118,8 @@ impl Limit {
             Self::OutboxFull => "outbox_full",
             Self::Retained => "retained",
             Self::ConnectTimeout => "connect_timeout",
+            Self::Authentications => "authentications",
+            Self::AuthenticationTimeout => "authentication_timeout",
             Self::PacketTimeout => "packet_timeout",
             Self::IngestQueue => "ingest_queue",
             Self::ClientPacketBytes => "client_packet_bytes",
@@ -126,6 +136,10 @@ impl Metrics {
     pub fn new(registry: &Registry) -> prometheus::Result<Self> {
         let metrics = Self {
             connections: IntGauge::new("muster_mqtt_connections", "Open, authenticated MQTT connections")?,
+            authenticating: IntGauge::new(
+                "muster_mqtt_authenticating",
+                "CONNECTs that wait for their credential to be verified",
+            )?,
             connects: counters("muster_mqtt_connects_total", "CONNECTs answered, by reason", "reason")?,
             disconnects: counters("muster_mqtt_disconnects_total", "Connections ended, by reason", "reason")?,
             publishes: IntCounter::new("muster_mqtt_publishes_received_total", "PUBLISH packets received")?,
@@ -178,6 +192,7 @@ impl Metrics {
 
     fn register(&self, registry: &Registry) -> prometheus::Result<()> {
         registry.register(Box::new(self.connections.clone()))?;
+        registry.register(Box::new(self.authenticating.clone()))?;
         registry.register(Box::new(self.connects.clone()))?;
         registry.register(Box::new(self.disconnects.clone()))?;
         registry.register(Box::new(self.publishes.clone()))?;

@@ -22,6 +22,7 @@ pub struct Config {
     pub data_dir: String,
     pub http: Http,
     pub mqtt: Mqtt,
+    pub admission: Admission,
     pub ingest: Ingest,
     pub database: Database,
     pub auth: Auth,
@@ -56,6 +57,15 @@ pub struct Mqtt {
     pub outbox_messages: usize,
     pub outbox_bytes: usize,
     pub max_retained: usize,
+}
+
+/// `[admission]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Admission {
+    pub max_authentications: usize,
+    pub authentication_timeout_ms: u64,
 }
 
 /// `[ingest]`
@@ -274,6 +284,8 @@ impl Config {
             (self.mqtt.receive_maximum > 0, "mqtt.receive_maximum: expected 1 to 65535"),
             (self.mqtt.max_keep_alive_s > 0, "mqtt.max_keep_alive_s: expected 1 to 65535"),
             (self.mqtt.outbox_messages > 0, "mqtt.outbox_messages: expected at least 1"),
+            (self.admission.max_authentications > 0, "admission.max_authentications: expected at least 1"),
+            (self.admission.authentication_timeout_ms > 0, "admission.authentication_timeout_ms: expected at least 1"),
             (self.database.max_connections > 0, "database.max_connections: expected at least 1"),
             (self.auth.access_token_s > 0, "auth.access_token_s: expected at least 1"),
             (self.auth.login_concurrency > 0, "auth.login_concurrency: expected at least 1"),

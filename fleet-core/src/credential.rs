@@ -1,6 +1,6 @@
 //! Credentials: the secrets by which devices prove who they are.
 //!
-//! A secret enters the world by [`issue`] or [`rotate`], is asked about by [`verify`], and ends by [`revoke`], by its
+//! A secret enters the world by [`issue`] or [`rotate`], is asked about by [`verify`] and [`verify_many`], and ends by [`revoke`], by its
 //! expiry or with its device. Holds: the secret itself is never stored, only its SHA-256 (256 random bits need no slow
 //! hash); at most [`MAX_VALID`] of a device are valid at once; whoever issues holds the device's row lock, so two
 //! callers cannot both be the second. Ignorant of: MQTT, HTTP.
@@ -63,45 +63,79 @@ pub struct Issued {
     pub expires_at: Option<DateTime<Utc>>,
 }
 
-/// Who stands behind `{tenant}/{device}` and this secret: the device, when the secret is one of its valid ones at `now`
-/// and the device is not disabled. Everything else, a malformed name included, is `None`.
+/// A user name and a secret that somebody shows.
+#[derive(Debug, Clone, Copy)]
+pub struct Offer<'a> {
+    /// `{tenant}/{device}`, when it is well formed.
+    pub username: &'a str,
+    /// The secret.
+    pub secret: &'a [u8],
+}
+
+/// As [`verify_many`], for one.
 pub async fn verify(
     db: &mut PgConnection,
     username: &str,
     secret: &[u8],
     now: DateTime<Utc>,
 ) -> Result<Option<Principal>> {
-    let Some((tenant, device)) = parse_username(username) else { return Ok(None) };
-    let offered = Sha256::digest(secret);
+    Ok(verify_many(db, &[Offer { username, secret }], now).await?.pop().flatten())
+}
+
+/// Who stands behind each of these, in their order and by one statement: the device, when the secret is one of its valid
+/// ones at `now` and the device is not disabled. Everything else, a malformed name included, is `None`.
+pub async fn verify_many(
+    db: &mut PgConnection,
+    offers: &[Offer<'_>],
+    now: DateTime<Utc>,
+) -> Result<Vec<Option<Principal>>> {
+    let names: Vec<_> = offers.iter().map(|offer| parse_username(offer.username)).collect();
+    let (mut places, mut tenants, mut devices) = (Vec::new(), Vec::new(), Vec::new());
+    for (place, (tenant, device)) in (0_i32..).zip(&names).filter_map(|(place, name)| Some((place, name.as_ref()?))) {
+        places.push(place);
+        tenants.push(tenant.as_str().to_owned());
+        devices.push(device.as_str().to_owned());
+    }
+    if places.is_empty() {
+        return Ok(vec![None; offers.len()]);
+    }
     let stored = sqlx::query!(
         r#"
-        select t.key as "tenant: TenantKey", d.key as "device: DeviceKey",
+        select asked.place as "place!", t.key as "tenant: TenantKey", d.key as "device: DeviceKey",
                c.id as "credential: CredentialId", c.secret_hash, c.expires_at
-          from tenant t
-          join device d on d.tenant_key = t.key and d.id = $2 and not d.disabled
+          from unnest($1::int[], $2::text[], $3::text[]) as asked (place, tenant, device)
+          join tenant t on t.id = asked.tenant
+          join device d on d.tenant_key = t.key and d.id = asked.device and not d.disabled
           join credential c on c.device_key = d.key and c.revoked_at is null
-           and (c.expires_at is null or c.expires_at > $3)
-         where t.id = $1
+           and (c.expires_at is null or c.expires_at > $4)
         "#,
-        tenant.as_str(),
-        device.as_str(),
+        &places,
+        &tenants,
+        &devices,
         now
     )
     .fetch_all(db)
     .await?;
+    let offered: Vec<_> = offers.iter().map(|offer| Sha256::digest(offer.secret)).collect();
     // All are compared, so that the time taken does not tell which of them matched.
-    let mut matched = None;
+    let mut matched = Vec::new();
+    matched.resize_with(offers.len(), || None);
     for row in stored {
-        if bool::from(row.secret_hash.ct_eq(offered.as_slice())) {
-            matched = Some(row);
+        let place = usize::try_from(row.place).expect("a place in the list");
+        if bool::from(row.secret_hash.ct_eq(offered[place].as_slice())) {
+            matched[place] = Some(row);
         }
     }
-    Ok(matched.map(|row| Principal {
-        tenant: row.tenant,
-        tenant_id: tenant,
-        who: Who::Device { key: row.device, id: device },
-        proof: Proof { credential: Some(row.credential), valid_until: row.expires_at },
-    }))
+    let principals = matched.into_iter().zip(names).map(|(row, name)| {
+        let (row, (tenant_id, id)) = (row?, name?);
+        Some(Principal {
+            tenant: row.tenant,
+            tenant_id,
+            who: Who::Device { key: row.device, id },
+            proof: Proof { credential: Some(row.credential), valid_until: row.expires_at },
+        })
+    });
+    Ok(principals.collect())
 }
 
 /// Splits `{tenant}/{device}`.
@@ -335,6 +369,41 @@ mod tests {
             assert_eq!(verify(&mut conn, "main/boiler-1", wrong, now).await.unwrap(), None);
         }
         assert!(!format!("{issued:?}").contains(issued.password.expose()));
+    }
+
+    #[tokio::test]
+    async fn many_are_told_apart_by_one_statement() {
+        let db = TestDb::new().await;
+        let boiler = enrolled(&db).await;
+        let mut conn = db.pool().acquire().await.unwrap();
+        let pump = NewDevice::named("pump-1".parse().unwrap());
+        let (_, pump) = device::enrol(&mut conn, db.tenant(), &pump, from_ms(NOON)).await.unwrap();
+        let offer = |issued: &Issued, secret: &Issued| (issued.username.clone(), secret.password.expose().to_owned());
+        let mut asked = vec![
+            offer(&boiler, &boiler),
+            ("main/nobody".into(), boiler.password.expose().to_owned()),
+            offer(&pump, &boiler),
+            ("main/\0".into(), String::new()),
+            offer(&pump, &pump),
+            offer(&boiler, &boiler),
+            offer(&boiler, &pump),
+        ];
+        let verified = async |conn: &mut PgConnection, asked: &[(String, String)]| -> Vec<Option<String>> {
+            let offers: Vec<_> =
+                asked.iter().map(|(username, secret)| Offer { username, secret: secret.as_bytes() }).collect();
+            let found = verify_many(conn, &offers, from_ms(NOON)).await.unwrap();
+            let id = |principal: Principal| match principal.who {
+                Who::Device { id, .. } => id.to_string(),
+                Who::User { .. } => panic!("a user"),
+            };
+            found.into_iter().map(|found| found.map(id)).collect()
+        };
+        let found = verified(&mut conn, &asked).await;
+        let some = |id: &str| Some(id.to_owned());
+        assert_eq!(found, [some("boiler-1"), None, None, None, some("pump-1"), some("boiler-1"), None]);
+        asked.retain(|(username, _)| username.contains('\0'));
+        assert_eq!(verified(&mut conn, &asked).await, [None], "not a word to the database");
+        assert!(verified(&mut conn, &[]).await.is_empty());
     }
 
     #[tokio::test]

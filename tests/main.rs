@@ -1,6 +1,7 @@
 //! Journeys across the crates, one file a journey, with real clients and a real server.
 
 mod architecture;
+mod conformance;
 mod crash;
 mod demo;
 mod foreign_clients;

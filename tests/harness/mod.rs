@@ -1,6 +1,8 @@
 //! A real server for a test: the binary itself, on a database of its own, on ports of its own.
 
+pub(crate) mod client;
 mod mqtt;
+pub(crate) mod packet;
 pub(crate) mod raw;
 
 use std::net::SocketAddr;

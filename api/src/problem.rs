@@ -173,6 +173,7 @@ impl From<Error> for Problem {
             Error::NoSuchDevice(_) => (404, "no-such-device"),
             Error::NoSuchCredential(_) => (404, "no-such-credential"),
             Error::DeviceExists(_) => (409, "device-exists"),
+            Error::CertificateTaken => (409, "certificate-taken"),
             Error::TooManyCredentials(_) => (409, "too-many-credentials"),
             Error::NoSuchGateway(_) => (422, "no-such-gateway"),
             Error::BadGateway(_) => (422, "gateway-not-allowed"),

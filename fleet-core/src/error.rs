@@ -34,6 +34,9 @@ pub enum Error {
     /// Two are valid already.
     #[error("device {0} has two valid credentials already: revoke one first, or rotate")]
     TooManyCredentials(DeviceId),
+    /// The certificate is a credential already, of this device or another.
+    #[error("the certificate is registered already: revoke it there first")]
+    CertificateTaken,
     /// E-mail or password is wrong, or the user is disabled; which of them is not said.
     #[error("e-mail or password is wrong")]
     BadLogin,

@@ -52,6 +52,9 @@ pub enum Error {
     /// A name or id outside its grammar.
     #[error(transparent)]
     BadId(#[from] BadId),
+    /// Nobody holds connections at the moment, or none of those who do answered in time.
+    #[error("{0}: try again shortly, and see that a server with the role broker is running")]
+    NoBroker(&'static str),
     /// More of something at once than its bound allows; worth trying again later.
     #[error("too many {0} at once: try again shortly")]
     Busy(&'static str),

@@ -220,7 +220,7 @@ mod tests {
             .execute(db.pool())
             .await
             .unwrap();
-        let known = i64::try_from(MIGRATOR.iter().count()).unwrap();
+        let known = MIGRATOR.iter().map(|migration| migration.version).max().unwrap();
         let refused = migrate(db.pool()).await.unwrap_err();
         assert!(matches!(refused, Error::SchemaTooNew { found: 9999, known: k } if k == known), "{refused:?}");
         // The refusal has left no lock behind.

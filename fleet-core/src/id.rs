@@ -102,8 +102,7 @@ name!(DeviceId, "device");
 macro_rules! key {
     ($name:ident, $noun:literal) => {
         #[doc = concat!("The row of a ", $noun, " inside the database.")]
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, sqlx::Type)]
-        #[serde(transparent)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, sqlx::Type)]
         #[sqlx(transparent)]
         pub struct $name(pub i64);
     };
@@ -182,6 +181,7 @@ id!(UserId, "usr", "user");
 id!(DeadLetterId, "dlq", "dead letter");
 id!(ConnectionId, "con", "connection of a client");
 id!(ConnectionEventId, "cev", "connection event");
+id!(SessionId, "ses", "session");
 
 #[cfg(test)]
 mod tests {

@@ -2,10 +2,10 @@
 //!
 //! | noun | where |
 //! |---|---|
-//! | names and keys: tenant, device, credential, user | [`id`] |
+//! | names and keys: tenant, device, credential, user, session | [`id`] |
 //! | the topic grammar | [`topic`] |
 //! | a device, its lifecycle and labels | [`device`] |
-//! | a device's tokens and certificates | [`credential`], [`certificate`] |
+//! | a device's tokens | [`credential`] |
 //! | online, lost, last seen | [`status`] |
 //! | readings: decode, insert, series | [`telemetry`] |
 //! | the newest value of each metric, and gaps in sequence numbers | [`latest`] |
@@ -15,12 +15,13 @@
 //! | what a role says about topics, compiled | [`topic_rule`], over `filter_set` |
 //! | what the doors tell each other of open connections, and every change of rights | [`control`] |
 //! | what happened to a client's connection | [`connection_event`] |
+//! | what outlives an MQTT connection: subscriptions, queued messages | [`session`] |
+//! | the newest retained message of each topic | [`retained`] |
 //! | answers kept for `Idempotency-Key` | [`idempotency`] |
 //! | partitions made ahead, old days dropped | [`retention`] |
 //! | the embedded PostgreSQL, connecting and migrating | [`postgres`], [`database`] |
 //! | settings, time, errors, test databases | [`config`], [`clock`], [`error`], [`testing`] |
 
-pub mod certificate;
 pub mod clock;
 pub mod config;
 pub mod connection_event;
@@ -36,7 +37,9 @@ pub mod idempotency;
 pub mod latest;
 pub mod policy;
 pub mod postgres;
+pub mod retained;
 pub mod retention;
+pub mod session;
 pub mod status;
 pub mod telemetry;
 pub mod testing;

@@ -172,7 +172,9 @@ impl From<Error> for Problem {
         let (status, kind) = match &error {
             Error::NoSuchDevice(_) => (404, "no-such-device"),
             Error::NoSuchCredential(_) => (404, "no-such-credential"),
+            Error::NoBroker(_) => (503, "no-broker"),
             Error::DeviceExists(_) => (409, "device-exists"),
+            Error::CertificateTaken => (409, "certificate-taken"),
             Error::TooManyCredentials(_) => (409, "too-many-credentials"),
             Error::NoSuchGateway(_) => (422, "no-such-gateway"),
             Error::BadGateway(_) => (422, "gateway-not-allowed"),

@@ -1,25 +1,28 @@
-//! Credentials: the secrets by which devices prove who they are.
+//! Credentials: tokens and certificates by which devices prove who they are.
 //!
-//! A secret enters the world by [`issue`] or [`rotate`], is asked about by [`verify`] and [`verify_many`], and ends by [`revoke`], by its
-//! expiry or with its device. Holds: the secret itself is never stored, only its SHA-256 (256 random bits need no slow
-//! hash); at most [`MAX_VALID`] of a device are valid at once; whoever issues holds the device's row lock, so two
-//! callers cannot both be the second. Ignorant of: MQTT, HTTP.
+//! A token enters the world by [`issue`] or [`rotate`] and is asked about by [`verify`] and [`verify_many`]; a certificate is
+//! made elsewhere, enters by [`register`] and is asked about by [`of_certificate`]. Both end by [`revoke`], by their expiry or
+//! with their device. Holds: the secret itself is never stored, only its SHA-256 (256 random bits need no slow hash); at most
+//! [`MAX_VALID`] of a kind and a device are valid at once; whoever issues holds the device's row lock, so two callers cannot
+//! both be the second; a revoked certificate stays refused for as long as it would be valid. Ignorant of: MQTT, HTTP.
 
 use aws_lc_rs::rand;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use chrono::{DateTime, TimeDelta, Utc};
+use futures::TryStreamExt;
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
 use subtle::ConstantTimeEq;
 
+use crate::certificate::{Certificate, Fingerprint};
 use crate::config::Secret;
 use crate::control;
-use crate::error::{Error, Result};
+use crate::error::{Error, OrOn, Result};
 use crate::id::{CredentialId, DeviceId, DeviceKey, TenantId, TenantKey};
 use crate::policy::{Principal, Proof, Who};
 
-/// Credentials of one device that may be valid at once: the one in use and the one that replaces it.
+/// Credentials of one kind and device that may be valid at once: the one in use and the one that replaces it.
 pub const MAX_VALID: usize = 2;
 /// Ended credentials that are remembered for a device; the oldest are forgotten first.
 pub const MAX_ENDED: usize = 20;
@@ -39,6 +42,26 @@ pub struct Credential {
     pub expires_at: Option<DateTime<Utc>>,
     /// When somebody ended it.
     pub revoked_at: Option<DateTime<Utc>>,
+    /// What it is, when it is no token.
+    pub certificate: Option<Registered>,
+}
+
+/// What is kept of a certificate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Registered {
+    /// Tells it from every other.
+    pub fingerprint: Fingerprint,
+    /// Its subject, for people.
+    pub subject: String,
+    /// It is not valid after.
+    pub not_after: DateTime<Utc>,
+}
+
+/// The kinds of credentials, each with a number of its own that may be valid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Token,
+    Certificate,
 }
 
 impl Credential {
@@ -102,11 +125,11 @@ pub async fn verify_many(
     let stored = sqlx::query!(
         r#"
         select asked.place as "place!", t.key as "tenant: TenantKey", d.key as "device: DeviceKey",
-               c.id as "credential: CredentialId", c.secret_hash, c.expires_at
+               c.id as "credential: CredentialId", c.secret_hash as "secret_hash!", c.expires_at
           from unnest($1::int[], $2::text[], $3::text[]) as asked (place, tenant, device)
           join tenant t on t.id = asked.tenant
           join device d on d.tenant_key = t.key and d.id = asked.device and not d.disabled
-          join credential c on c.device_key = d.key and c.revoked_at is null
+          join credential c on c.device_key = d.key and c.revoked_at is null and c.secret_hash is not null
            and (c.expires_at is null or c.expires_at > $4)
         "#,
         &places,
@@ -138,6 +161,67 @@ pub async fn verify_many(
     Ok(principals.collect())
 }
 
+/// Who stands behind a certificate whose key was shown to be held. When it was ever registered, its device, while it is
+/// valid there; else, when an authority vouches for it, the device of its common name. In either case the device must not be
+/// disabled.
+pub async fn of_certificate(
+    db: &mut PgConnection,
+    shown: &Certificate,
+    is_vouched_for: bool,
+    now: DateTime<Utc>,
+) -> Result<Option<Principal>> {
+    let registered = sqlx::query!(
+        r#"
+        select t.key as "tenant: TenantKey", t.id as "tenant_id: TenantId", d.key as "device: DeviceKey",
+               d.id as "device_id: DeviceId", c.id as "credential: CredentialId", c.expires_at,
+               c.revoked_at is null and c.expires_at > $2 and not d.disabled as "valid!"
+          from credential c
+          join device d on d.key = c.device_key
+          join tenant t on t.key = d.tenant_key
+         where c.fingerprint = $1
+         order by "valid!" desc
+         limit 1
+        "#,
+        shown.fingerprint.as_bytes(),
+        now
+    )
+    .fetch_optional(&mut *db)
+    .await?;
+    match registered {
+        Some(row) => Ok(row.valid.then_some(Principal {
+            tenant: row.tenant,
+            tenant_id: row.tenant_id,
+            who: Who::Device { key: row.device, id: row.device_id },
+            proof: Proof { credential: Some(row.credential), valid_until: row.expires_at },
+        })),
+        None if is_vouched_for => of_name(db, shown).await,
+        None => Ok(None),
+    }
+}
+
+/// The device that a certificate is made out to.
+async fn of_name(db: &mut PgConnection, shown: &Certificate) -> Result<Option<Principal>> {
+    let Some((tenant_id, id)) = shown.device() else { return Ok(None) };
+    let row = sqlx::query!(
+        r#"
+        select t.key as "tenant: TenantKey", d.key as "device: DeviceKey"
+          from tenant t
+          join device d on d.tenant_key = t.key and d.id = $2 and not d.disabled
+         where t.id = $1
+        "#,
+        tenant_id.as_str(),
+        id.as_str()
+    )
+    .fetch_optional(db)
+    .await?;
+    Ok(row.map(|row| Principal {
+        tenant: row.tenant,
+        tenant_id,
+        who: Who::Device { key: row.device, id },
+        proof: Proof { credential: None, valid_until: Some(shown.not_after) },
+    }))
+}
+
 /// Splits `{tenant}/{device}`.
 fn parse_username(username: &str) -> Option<(TenantId, DeviceId)> {
     let (tenant, device) = username.split_once('/')?;
@@ -148,14 +232,54 @@ fn parse_username(username: &str) -> Option<(TenantId, DeviceId)> {
 /// until its end. Refused with [`Error::TooManyCredentials`] while [`MAX_VALID`] are valid.
 pub async fn issue(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId, now: DateTime<Utc>) -> Result<Issued> {
     let device = lock(db, tenant, id).await?;
-    if valid(db, device.key, now).await?.len() >= MAX_VALID {
+    if valid(db, device.key, Kind::Token, now).await?.len() >= MAX_VALID {
         return Err(Error::TooManyCredentials(id.clone()));
     }
     insert(db, &device, id, now).await
 }
 
-/// Gives a device a new credential and ends the others: the newest of them at `now + overlap_s`, any older one at once, so
-/// that never more than [`MAX_VALID`] are valid. An overlap of 0 ends all of them at once. To be called in a transaction.
+/// Takes a certificate as a credential of a device, for as long as it is valid. To be called in a transaction. Refused with
+/// [`Error::TooManyCredentials`] while [`MAX_VALID`] certificates of the device are valid, with [`Error::CertificateTaken`]
+/// while any device has this one.
+pub async fn register(
+    db: &mut PgConnection,
+    tenant: TenantKey,
+    id: &DeviceId,
+    certificate: &Certificate,
+    now: DateTime<Utc>,
+) -> Result<Credential> {
+    if certificate.not_after <= now {
+        return Err(Error::Invalid(format!("the certificate has expired at {}", certificate.not_after)));
+    }
+    let device = lock(db, tenant, id).await?;
+    if valid(db, device.key, Kind::Certificate, now).await?.len() >= MAX_VALID {
+        return Err(Error::TooManyCredentials(id.clone()));
+    }
+    forget(db, device.key, now).await?;
+    let credential = CredentialId::new();
+    let Certificate { fingerprint, subject, not_after, .. } = certificate.clone();
+    sqlx::query!(
+        "
+        insert into credential (id, device_key, fingerprint, subject, not_after, created_at, expires_at)
+        values ($1, $2, $3, $4, $5, $6, $5)
+        ",
+        credential.uuid(),
+        device.key.0,
+        fingerprint.as_bytes(),
+        subject,
+        not_after,
+        now
+    )
+    .execute(db)
+    .await
+    .or_on("credential_fingerprint_key", || Error::CertificateTaken)?;
+    let certificate = Some(Registered { fingerprint, subject, not_after });
+    Ok(Credential { id: credential, created_at: now, expires_at: Some(not_after), revoked_at: None, certificate })
+}
+
+/// Gives a device a new token and ends the others: the newest of them at `now + overlap_s`, any older one at once, so
+/// that never more than [`MAX_VALID`] are valid. An overlap of 0 ends all of them at once. Certificates stay as they are. To be
+/// called in a transaction.
 pub async fn rotate(
     db: &mut PgConnection,
     tenant: TenantKey,
@@ -167,7 +291,7 @@ pub async fn rotate(
         return Err(Error::Invalid(format!("overlap_s is {overlap_s}: expected 0 to {MAX_OVERLAP_S}")));
     }
     let device = lock(db, tenant, id).await?;
-    let mut older = valid(db, device.key, now).await?;
+    let mut older = valid(db, device.key, Kind::Token, now).await?;
     if overlap_s > 0
         && let Some(newest) = older.pop()
     {
@@ -215,17 +339,25 @@ pub async fn list(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Re
     .fetch_optional(&mut *db)
     .await?
     .ok_or_else(|| Error::NoSuchDevice(id.clone()))?;
-    let credentials = sqlx::query_as!(
-        Credential,
+    let credentials = sqlx::query!(
         r#"
-        select id as "id: CredentialId", created_at, expires_at, revoked_at
+        select id as "id: CredentialId", created_at, expires_at, revoked_at, fingerprint, subject, not_after
           from credential
          where device_key = $1
          order by created_at desc, id desc
         "#,
         key.0
     )
-    .fetch_all(db)
+    .fetch(db)
+    .map_ok(|row| {
+        let fingerprint = row.fingerprint.and_then(|bytes| bytes.try_into().ok());
+        let certificate = fingerprint.zip(row.subject).zip(row.not_after);
+        let certificate =
+            certificate.map(|((fingerprint, subject), not_after)| Registered { fingerprint, subject, not_after });
+        let (id, created_at, expires_at, revoked_at) = (row.id, row.created_at, row.expires_at, row.revoked_at);
+        Credential { id, created_at, expires_at, revoked_at, certificate }
+    })
+    .try_collect()
     .await?;
     Ok(credentials)
 }
@@ -255,17 +387,19 @@ async fn lock(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Result
     .ok_or_else(|| Error::NoSuchDevice(id.clone()))
 }
 
-/// The valid ones, oldest first.
-async fn valid(db: &mut PgConnection, device: DeviceKey, now: DateTime<Utc>) -> Result<Vec<CredentialId>> {
+/// The valid ones of a kind, oldest first.
+async fn valid(db: &mut PgConnection, device: DeviceKey, kind: Kind, now: DateTime<Utc>) -> Result<Vec<CredentialId>> {
     let ids = sqlx::query_scalar!(
         r#"
         select id as "id: CredentialId"
           from credential
          where device_key = $1 and revoked_at is null and (expires_at is null or expires_at > $2)
+           and (fingerprint is not null) = $3
          order by created_at, id
         "#,
         device.0,
-        now
+        now,
+        kind == Kind::Certificate
     )
     .fetch_all(db)
     .await?;
@@ -290,7 +424,8 @@ async fn insert(db: &mut PgConnection, device: &Locked, id: &DeviceId, now: Date
     Ok(Issued { id: credential, username, password, created_at: now, expires_at: None })
 }
 
-/// Forgets ended credentials beyond [`MAX_ENDED`], so that a device that rotates for years stays small.
+/// Forgets ended credentials beyond [`MAX_ENDED`], so that a device that rotates for years stays small. A certificate that was
+/// revoked is not forgotten before its own end: else one that an authority vouches for would open the door again.
 async fn forget(db: &mut PgConnection, device: DeviceKey, now: DateTime<Utc>) -> Result<()> {
     sqlx::query!(
         "
@@ -298,6 +433,7 @@ async fn forget(db: &mut PgConnection, device: DeviceKey, now: DateTime<Utc>) ->
          where id in (select id
                         from credential
                        where device_key = $1 and (revoked_at is not null or expires_at <= $2)
+                         and (not_after is null or not_after <= $2)
                        order by created_at desc, id desc
                       offset $3)
         ",
@@ -490,5 +626,114 @@ mod tests {
         assert!(listed.len() <= MAX_ENDED + MAX_VALID, "{}", listed.len());
         assert!(listed.is_sorted_by_key(|one| std::cmp::Reverse(one.created_at)));
         assert!(listed[0].is_valid(from_ms(NOON + 1000)));
+    }
+
+    /// A certificate of its own key, valid from long before noon to long after.
+    fn certificate(name: &str) -> Certificate {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        Certificate::from_der(params.self_signed(&key).unwrap().der()).unwrap()
+    }
+
+    async fn who(db: &TestDb, shown: &Certificate, is_vouched_for: bool, at: DateTime<Utc>) -> Option<String> {
+        let mut conn = db.pool().acquire().await.unwrap();
+        let found = of_certificate(&mut conn, shown, is_vouched_for, at).await.unwrap()?;
+        let Who::Device { id, .. } = found.who else { panic!("a user") };
+        Some(format!("{}/{id}", found.tenant_id))
+    }
+
+    #[tokio::test]
+    async fn a_registered_certificate_opens_the_door_until_it_is_revoked_or_ends() {
+        let db = TestDb::new().await;
+        enrolled(&db).await;
+        let (mine, now) = (certificate("main/pump-1"), from_ms(NOON));
+        assert_eq!(who(&db, &mine, false, now).await, None);
+        let mut conn = db.pool().acquire().await.unwrap();
+        let registered = register(&mut conn, db.tenant(), &boiler(), &mine, now).await.unwrap();
+        let found = || who(&db, &mine, false, now);
+        assert_eq!(found().await.as_deref(), Some("main/boiler-1"));
+        assert_eq!(who(&db, &mine, false, mine.not_after).await, None);
+        let listed = list(&mut conn, db.tenant(), &boiler()).await.unwrap();
+        assert_eq!(listed.iter().find(|one| one.certificate.is_some()), Some(&registered));
+        // Its registration counts, whatever an authority says of its name.
+        let pump = NewDevice::named("pump-1".parse().unwrap());
+        device::enrol(&mut conn, db.tenant(), &pump, now).await.unwrap();
+        assert_eq!(who(&db, &mine, true, now).await.as_deref(), Some("main/boiler-1"));
+        revoke(&mut conn, db.tenant(), &boiler(), registered.id, now).await.unwrap();
+        assert_eq!(found().await, None);
+        assert_eq!(who(&db, &mine, true, now).await, None, "a revoked one stays refused");
+        register(&mut conn, db.tenant(), &pump.id, &mine, now).await.unwrap();
+        assert_eq!(found().await.as_deref(), Some("main/pump-1"), "until it is registered anew");
+    }
+
+    #[tokio::test]
+    async fn a_certificate_that_an_authority_vouches_for_opens_the_door_for_its_device() {
+        let db = TestDb::new().await;
+        enrolled(&db).await;
+        let now = from_ms(NOON);
+        let mine = certificate("main/boiler-1");
+        assert_eq!(who(&db, &mine, true, now).await.as_deref(), Some("main/boiler-1"));
+        assert_eq!(who(&db, &mine, false, now).await, None, "else anybody could make one");
+        for nobody in ["main/pump-1", "other/boiler-1", "no device", "main/"] {
+            assert_eq!(who(&db, &certificate(nobody), true, now).await, None, "{nobody}");
+        }
+        let mut conn = db.pool().acquire().await.unwrap();
+        let found = of_certificate(&mut conn, &mine, true, now).await.unwrap().unwrap();
+        assert_eq!(found.proof, Proof { credential: None, valid_until: Some(mine.not_after) });
+        let patch = Patch { disabled: Some(true), ..Patch::default() };
+        device::update(&mut conn, db.tenant(), &boiler(), &patch, &[], now).await.unwrap();
+        assert_eq!(who(&db, &mine, true, now).await, None, "disabled");
+    }
+
+    #[tokio::test]
+    async fn certificates_are_counted_apart_from_tokens_and_belong_to_one_device() {
+        let db = TestDb::new().await;
+        let token = enrolled(&db).await;
+        let now = from_ms(NOON);
+        let (one, two, three) = (certificate("1"), certificate("2"), certificate("3"));
+        let mut conn = db.pool().acquire().await.unwrap();
+        let first = register(&mut conn, db.tenant(), &boiler(), &one, now).await.unwrap();
+        let twice = register(&mut conn, db.tenant(), &boiler(), &one, now).await;
+        assert!(matches!(twice, Err(Error::CertificateTaken)), "{twice:?}");
+        register(&mut conn, db.tenant(), &boiler(), &two, now).await.unwrap();
+        let many = register(&mut conn, db.tenant(), &boiler(), &three, now).await;
+        assert!(matches!(many, Err(Error::TooManyCredentials(_))), "{many:?}");
+        issue(&mut conn, db.tenant(), &boiler(), now).await.expect("tokens have numbers of their own");
+        rotated(&db, 0, NOON).await;
+        assert!(!opens(&db, &token, NOON).await);
+        assert!(who(&db, &one, false, now).await.is_some(), "a rotation is about tokens");
+        revoke(&mut conn, db.tenant(), &boiler(), first.id, now).await.unwrap();
+        register(&mut conn, db.tenant(), &boiler(), &three, now).await.unwrap();
+        let late = register(&mut conn, db.tenant(), &boiler(), &certificate("4"), one.not_after).await;
+        assert!(matches!(late, Err(Error::Invalid(_))), "{late:?}");
+        let nobody = register(&mut conn, db.tenant(), &"nobody".parse().unwrap(), &certificate("5"), now).await;
+        assert!(matches!(nobody, Err(Error::NoSuchDevice(_))), "{nobody:?}");
+    }
+
+    #[tokio::test]
+    async fn a_revoked_certificate_is_not_forgotten_before_its_end() {
+        let db = TestDb::new().await;
+        enrolled(&db).await;
+        let (mine, now) = (certificate("main/boiler-1"), from_ms(NOON));
+        let mut conn = db.pool().acquire().await.unwrap();
+        let registered = register(&mut conn, db.tenant(), &boiler(), &mine, now).await.unwrap();
+        revoke(&mut conn, db.tenant(), &boiler(), registered.id, now).await.unwrap();
+        for n in 0..MAX_ENDED + 5 {
+            rotated(&db, 0, NOON + 1000 + i64::try_from(n).unwrap()).await;
+        }
+        assert_eq!(who(&db, &mine, true, now).await, None);
+    }
+
+    #[tokio::test]
+    async fn what_is_known_of_a_certificate_is_no_password() {
+        let db = TestDb::new().await;
+        enrolled(&db).await;
+        let mine = certificate("whatever");
+        let mut conn = db.pool().acquire().await.unwrap();
+        register(&mut conn, db.tenant(), &boiler(), &mine, from_ms(NOON)).await.unwrap();
+        for known in [mine.fingerprint.as_bytes(), mine.fingerprint.to_string().as_bytes()] {
+            assert_eq!(verify(&mut conn, "main/boiler-1", known, from_ms(NOON)).await.unwrap(), None);
+        }
     }
 }

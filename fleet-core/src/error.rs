@@ -34,6 +34,9 @@ pub enum Error {
     /// Two are valid already.
     #[error("device {0} has two valid credentials already: revoke one first, or rotate")]
     TooManyCredentials(DeviceId),
+    /// The certificate is a credential already, of this device or another.
+    #[error("the certificate is registered already: revoke it there first")]
+    CertificateTaken,
     /// E-mail or password is wrong, or the user is disabled; which of them is not said.
     #[error("e-mail or password is wrong")]
     BadLogin,
@@ -49,6 +52,9 @@ pub enum Error {
     /// A name or id outside its grammar.
     #[error(transparent)]
     BadId(#[from] BadId),
+    /// Nobody holds connections at the moment, or none of those who do answered in time.
+    #[error("{0}: try again shortly, and see that a server with the role broker is running")]
+    NoBroker(&'static str),
     /// More of something at once than its bound allows; worth trying again later.
     #[error("too many {0} at once: try again shortly")]
     Busy(&'static str),

@@ -102,7 +102,8 @@ name!(DeviceId, "device");
 macro_rules! key {
     ($name:ident, $noun:literal) => {
         #[doc = concat!("The row of a ", $noun, " inside the database.")]
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, sqlx::Type)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, sqlx::Type)]
+        #[serde(transparent)]
         #[sqlx(transparent)]
         pub struct $name(pub i64);
     };

@@ -5,7 +5,7 @@
 //! | names and keys: tenant, device, credential, user, session | [`id`] |
 //! | the topic grammar | [`topic`] |
 //! | a device, its lifecycle and labels | [`device`] |
-//! | a device's tokens | [`credential`] |
+//! | a device's tokens and certificates | [`credential`], [`certificate`] |
 //! | online, lost, last seen | [`status`] |
 //! | readings: decode, insert, series | [`telemetry`] |
 //! | the newest value of each metric, and gaps in sequence numbers | [`latest`] |
@@ -22,6 +22,7 @@
 //! | the embedded PostgreSQL, connecting and migrating | [`postgres`], [`database`] |
 //! | settings, time, errors, test databases | [`config`], [`clock`], [`error`], [`testing`] |
 
+pub mod certificate;
 pub mod clock;
 pub mod config;
 pub mod connection_event;

@@ -1,10 +1,11 @@
-//! The secrets of a device.
+//! The tokens and certificates of a device.
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use chrono::{DateTime, Utc};
-use fleet_core::credential::{self, Credential, Issued};
+use fleet_core::certificate::Certificate;
+use fleet_core::credential::{self, Credential, Issued, Registered};
 use fleet_core::id::{CredentialId, DeviceId};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -15,6 +16,39 @@ use crate::problem::{Document, Problem};
 use crate::state::App;
 use crate::time;
 
+/// What a certificate is known by.
+#[derive(Serialize, ToSchema)]
+#[schema(as = Certificate)]
+pub(crate) struct CertificateBody {
+    /// SHA-256 of the certificate's DER, in hexadecimal.
+    #[schema(example = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08")]
+    fingerprint: String,
+    /// Whom it is made out to.
+    #[schema(example = "CN=main/boiler-1")]
+    subject: String,
+    /// It is not valid after.
+    #[serde(serialize_with = "time::serialize")]
+    not_after: DateTime<Utc>,
+}
+
+impl CertificateBody {
+    fn new(registered: &Registered) -> Self {
+        let Registered { fingerprint, subject, not_after } = registered;
+        Self { fingerprint: fingerprint.to_string(), subject: subject.clone(), not_after: *not_after }
+    }
+}
+
+/// What a credential is.
+#[derive(Clone, Copy, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(as = CredentialKind)]
+pub(crate) enum Kind {
+    /// A password.
+    Token,
+    /// An X.509 certificate.
+    Certificate,
+}
+
 /// A credential that was just issued. The password is shown this once.
 #[derive(Serialize, ToSchema)]
 #[schema(as = NewCredential)]
@@ -22,11 +56,15 @@ pub(crate) struct NewCredentialBody {
     /// The credential's id.
     #[schema(value_type = String, example = "crd_019360f0c7f97d2a8b3c5d6e7f809a1b")]
     id: CredentialId,
-    /// The MQTT user name.
+    /// What it is.
+    kind: Kind,
+    /// The MQTT user name; null for a certificate, which needs none.
     #[schema(example = "main/boiler-1")]
-    username: String,
-    /// The MQTT password; null when the request is a repetition of an earlier one.
+    username: Option<String>,
+    /// The MQTT password; null for a certificate, and when the request is a repetition of an earlier one.
     password: Option<String>,
+    /// The certificate, if it is one.
+    certificate: Option<CertificateBody>,
     /// When it was issued.
     #[serde(serialize_with = "time::serialize")]
     created_at: DateTime<Utc>,
@@ -38,7 +76,14 @@ pub(crate) struct NewCredentialBody {
 impl NewCredentialBody {
     pub(crate) fn new(issued: Issued) -> Self {
         let Issued { id, username, password, created_at, expires_at } = issued;
-        Self { id, username, password: Some(password.expose().to_owned()), created_at, expires_at }
+        let (username, password) = (Some(username), Some(password.expose().to_owned()));
+        Self { id, kind: Kind::Token, username, password, certificate: None, created_at, expires_at }
+    }
+
+    fn registered(registered: &Credential) -> Self {
+        let Credential { id, created_at, expires_at, ref certificate, .. } = *registered;
+        let certificate = certificate.as_ref().map(CertificateBody::new);
+        Self { id, kind: Kind::Certificate, username: None, password: None, certificate, created_at, expires_at }
     }
 
     /// Takes the secret out, for what is kept, and gives it back for what is sent.
@@ -58,6 +103,10 @@ pub(crate) struct CredentialBody {
     /// The credential's id.
     #[schema(value_type = String, example = "crd_019360f0c7f97d2a8b3c5d6e7f809a1b")]
     id: CredentialId,
+    /// What it is.
+    kind: Kind,
+    /// The certificate, if it is one.
+    certificate: Option<CertificateBody>,
     /// Whether it is accepted now, provided that the device is not disabled.
     valid: bool,
     /// When it was issued.
@@ -73,8 +122,10 @@ pub(crate) struct CredentialBody {
 
 impl CredentialBody {
     fn new(credential: &Credential, now: DateTime<Utc>) -> Self {
-        let Credential { id, created_at, expires_at, revoked_at } = *credential;
-        Self { id, valid: credential.is_valid(now), created_at, expires_at, revoked_at }
+        let Credential { id, created_at, expires_at, revoked_at, ref certificate } = *credential;
+        let certificate = certificate.as_ref().map(CertificateBody::new);
+        let kind = if certificate.is_some() { Kind::Certificate } else { Kind::Token };
+        Self { id, kind, certificate, valid: credential.is_valid(now), created_at, expires_at, revoked_at }
     }
 }
 
@@ -96,14 +147,18 @@ pub(crate) async fn list(
     Ok(Json(Page::whole(credentials.iter().map(|one| CredentialBody::new(one, now)).collect())))
 }
 
-/// There is nothing to say about a new credential.
+/// What credential to issue; a token when nothing is said.
 #[derive(Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Issue {}
+pub(crate) struct Issue {
+    /// An X.509 certificate in PEM to be accepted from the device, self-signed or not. Its key stays with the device.
+    certificate: Option<String>,
+}
 
-/// Issue a further credential
+/// Issue a further token, or register a certificate
 ///
-/// At most two of a device are valid at once; a third is refused.
+/// At most two of a kind are valid at once for a device; a third is refused. A certificate is refused while it is
+/// registered, for this device or another, and is valid until its own end.
 #[utoipa::path(
     post, path = "/api/v1/devices/{id}/credentials", tag = "credentials", request_body = Option<Issue>,
     params(
@@ -112,8 +167,8 @@ pub(crate) struct Issue {}
     ),
     security(("bearer" = ["credentials:manage"])),
     responses(
-        (status = 201, description = "It was issued. The password is shown this once.", body = NewCredentialBody),
-        (status = 409, description = "Two are valid already.", body = Document, content_type = "application/problem+json"),
+        (status = 201, description = "It was issued or registered. A password is shown this once.", body = NewCredentialBody),
+        (status = 409, description = "Two of this kind are valid already, or the certificate is registered already.", body = Document, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn issue(
@@ -128,8 +183,15 @@ pub(crate) async fn issue(
         Ok(taken) => taken,
         Err(replayed) => return Ok(repeated(&id, replayed)),
     };
-    let issued = credential::issue(&mut tx, caller.tenant, &id, app.clock.now()).await?;
-    let mut body = NewCredentialBody::new(issued);
+    let now = app.clock.now();
+    let mut body = match &request.certificate {
+        None => NewCredentialBody::new(credential::issue(&mut tx, caller.tenant, &id, now).await?),
+        Some(pem) => {
+            let certificate = Certificate::from_pem(pem).map_err(|e| Problem::field("certificate", e.to_string()))?;
+            let registered = credential::register(&mut tx, caller.tenant, &id, &certificate, now).await?;
+            NewCredentialBody::registered(&registered)
+        }
+    };
     let password = body.take_password();
     taken.finish(&mut tx, StatusCode::CREATED, &body).await?;
     tx.commit().await?;
@@ -147,9 +209,9 @@ pub(crate) struct Rotate {
     overlap_s: Option<u64>,
 }
 
-/// Rotate: issue a new credential and end the others
+/// Rotate: issue a new token and end the others
 ///
-/// The newest of the others stays valid during the overlap; an older one ends at once.
+/// The newest of the others stays valid during the overlap; an older one ends at once. Certificates stay as they are.
 #[utoipa::path(
     post, path = "/api/v1/devices/{id}/credentials/rotate", tag = "credentials", request_body = Option<Rotate>,
     params(

@@ -1,6 +1,7 @@
 //! Credentials over REST; each is tried where it counts, at [`fleet_core::credential::verify`].
 
 use chrono::TimeDelta;
+use fleet_core::certificate::Certificate;
 use fleet_core::credential;
 use serde_json::{Value, json};
 
@@ -79,4 +80,57 @@ async fn an_overlap_is_bounded() {
     api.post("/api/v1/devices/no/credentials/rotate", json!({})).await.problem(404, "no-such-device");
     let text = api.ask("POST", "/api/v1/devices/d/credentials/rotate").raw("text/plain", "{}").send().await;
     text.problem(415, "unsupported-media-type");
+}
+
+/// A self-signed certificate in PEM.
+fn pem() -> String {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    params.distinguished_name.push(rcgen::DnType::CommonName, "sensor 1");
+    params.self_signed(&key).unwrap().pem()
+}
+
+#[tokio::test]
+async fn a_certificate_is_registered_shown_and_revoked() {
+    let api = Api::start().await;
+    api.enrol("d").await;
+    let pem = pem();
+    let read = Certificate::from_pem(&pem).unwrap();
+    let registered = api.post("/api/v1/devices/d/credentials", json!({"certificate": pem})).await.expect(201).body;
+    assert_eq!((&registered["kind"], &registered["password"]), (&json!("certificate"), &Value::Null));
+    assert_eq!(registered["certificate"]["fingerprint"], read.fingerprint.to_string());
+    assert_eq!(registered["certificate"]["subject"], "CN=sensor 1");
+    let holder = async || {
+        let mut db = api.db.pool().acquire().await.unwrap();
+        credential::of_certificate(&mut db, &read, false, api.now()).await.unwrap()
+    };
+    assert!(holder().await.is_some());
+    let listed = api.get("/api/v1/devices/d/credentials").await.expect(200).body;
+    let kinds: Vec<_> = listed["items"].as_array().unwrap().iter().map(|one| one["kind"].clone()).collect();
+    assert!(kinds.contains(&json!("token")) && kinds.contains(&json!("certificate")), "{listed}");
+    assert!(listed["items"].as_array().unwrap().iter().any(|one| one["certificate"] == registered["certificate"]));
+    api.enrol("other").await;
+    let elsewhere = json!({"certificate": pem});
+    api.post("/api/v1/devices/other/credentials", elsewhere.clone()).await.problem(409, "certificate-taken");
+    let path = format!("/api/v1/devices/d/credentials/{}", registered["id"].as_str().unwrap());
+    api.ask("DELETE", &path).send().await.expect(204);
+    assert!(holder().await.is_none());
+    api.post("/api/v1/devices/other/credentials", elsewhere).await.expect(201);
+}
+
+#[tokio::test]
+async fn what_is_no_certificate_is_refused() {
+    let api = Api::start().await;
+    api.enrol("d").await;
+    let key = rcgen::KeyPair::generate().unwrap().serialize_pem();
+    let large = format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", "AAAA".repeat(10_000));
+    for bad in ["", "-----BEGIN CERTIFICATE-----", &key, &format!("{}{key}", pem()), &large] {
+        let answer = api.post("/api/v1/devices/d/credentials", json!({"certificate": bad})).await;
+        answer.problem(400, "invalid");
+    }
+    for _ in 0..2 {
+        api.post("/api/v1/devices/d/credentials", json!({"certificate": pem()})).await.expect(201);
+    }
+    let third = api.post("/api/v1/devices/d/credentials", json!({"certificate": pem()})).await;
+    third.problem(409, "too-many-credentials");
 }

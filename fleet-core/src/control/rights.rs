@@ -1,0 +1,153 @@
+//! Whether those who are connected may still be.
+
+use std::collections::HashMap;
+
+use chrono::{DateTime, Utc};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::Result;
+use crate::id::{CredentialId, UserId};
+use crate::policy::{Principal, Role, Who};
+
+/// Why a principal may not stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Its device exists no more.
+    DeviceDeleted,
+    /// Its device was disabled.
+    DeviceDisabled,
+    /// Its credential was revoked, or has expired.
+    CredentialEnded,
+    /// Its user exists no more.
+    UserDeleted,
+    /// Its user was disabled.
+    UserDisabled,
+}
+
+impl Ended {
+    /// For whoever is told to go.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::DeviceDeleted => "the device was deleted",
+            Self::DeviceDisabled => "the device was disabled",
+            Self::CredentialEnded => "the credential was revoked",
+            Self::UserDeleted => "the user was deleted",
+            Self::UserDisabled => "the user was disabled",
+        }
+    }
+
+    /// Whether whoever it was will never come again.
+    pub fn is_for_good(self) -> bool {
+        matches!(self, Self::DeviceDeleted | Self::UserDeleted)
+    }
+}
+
+/// What has become of a principal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// It may not stay.
+    Ended(Ended),
+    /// It may stay, at most until then: its credential ends earlier than was known.
+    Until(DateTime<Utc>),
+    /// It may do something else than before.
+    Changed(Principal),
+}
+
+/// Looks at principals again: for each, by its place, whose standing is not what it was. One statement for all devices,
+/// one for all users.
+pub async fn recheck(
+    db: &mut PgConnection,
+    principals: &[&Principal],
+    now: DateTime<Utc>,
+) -> Result<Vec<(usize, Verdict)>> {
+    let mut verdicts = devices(db, principals, now).await?;
+    verdicts.extend(users(db, principals).await?);
+    Ok(verdicts)
+}
+
+async fn devices(
+    db: &mut PgConnection,
+    principals: &[&Principal],
+    now: DateTime<Utc>,
+) -> Result<Vec<(usize, Verdict)>> {
+    let (mut places, mut keys, mut credentials, mut until) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for (place, principal) in principals.iter().enumerate() {
+        if let Who::Device { key, .. } = &principal.who {
+            places.push(place);
+            keys.push(key.0);
+            credentials.push(principal.proof.credential.map(CredentialId::uuid));
+            until.push(principal.proof.valid_until);
+        }
+    }
+    if places.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rows = sqlx::query!(
+        r#"
+        select u.place as "place!", d.key is null as "deleted!", coalesce(d.disabled, false) as "disabled!",
+               u.credential is not null
+               and coalesce(c.id is null or c.revoked_at is not null or c.expires_at <= $4, false) as "ended!",
+               c.expires_at as "expires_at?"
+          from unnest($1::bigint[], $2::uuid[], $3::timestamptz[]) with ordinality as u (device, credential, until, place)
+          left join device d on d.key = u.device
+          left join credential c on c.id = u.credential and c.device_key = u.device
+         where d.key is null or d.disabled
+            or u.credential is not null and (c.id is null or c.revoked_at is not null)
+            or c.expires_at < coalesce(u.until, 'infinity')
+        "#,
+        &keys,
+        &credentials as &[Option<Uuid>],
+        &until as &[Option<DateTime<Utc>>],
+        now
+    )
+    .fetch_all(db)
+    .await?;
+    let verdicts = rows.into_iter().filter_map(|row| {
+        let place = places[usize::try_from(row.place).ok()?.checked_sub(1)?];
+        let verdict = match (row.deleted, row.disabled, row.ended) {
+            (true, ..) => Verdict::Ended(Ended::DeviceDeleted),
+            (_, true, _) => Verdict::Ended(Ended::DeviceDisabled),
+            (_, _, true) => Verdict::Ended(Ended::CredentialEnded),
+            _ => Verdict::Until(row.expires_at?),
+        };
+        Some((place, verdict))
+    });
+    Ok(verdicts.collect())
+}
+
+async fn users(db: &mut PgConnection, principals: &[&Principal]) -> Result<Vec<(usize, Verdict)>> {
+    let mut ids: Vec<Uuid> = principals.iter().filter_map(|principal| user(principal)).map(UserId::uuid).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    if ids.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rows = sqlx::query!(r#"select id as "id: UserId", disabled, role from app_user where id = any($1)"#, &ids)
+        .fetch_all(db)
+        .await?;
+    let standing: HashMap<UserId, _> = rows.into_iter().map(|row| (row.id, (row.disabled, row.role))).collect();
+    let judge = |principal: &Principal| match standing.get(&user(principal)?) {
+        None => Some(Verdict::Ended(Ended::UserDeleted)),
+        Some((true, _)) => Some(Verdict::Ended(Ended::UserDisabled)),
+        Some((false, role)) => with_role(principal, role.as_deref().and_then(Role::of_user)).map(Verdict::Changed),
+    };
+    Ok(principals.iter().enumerate().filter_map(|(place, principal)| Some((place, judge(principal)?))).collect())
+}
+
+fn user(principal: &Principal) -> Option<UserId> {
+    match &principal.who {
+        Who::User { id, .. } => Some(*id),
+        Who::Device { .. } => None,
+    }
+}
+
+/// The principal with another role than it has; `None` when it has just that.
+fn with_role(principal: &Principal, new: Option<Role>) -> Option<Principal> {
+    match &principal.who {
+        Who::User { id, role } if *role != new => {
+            Some(Principal { who: Who::User { id: *id, role: new }, ..principal.clone() })
+        }
+        _ => None,
+    }
+}

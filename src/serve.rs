@@ -191,6 +191,7 @@ async fn start_broker(
     Broker::start(Parts {
         mqtt: config.mqtt.clone(),
         admission: config.admission.clone(),
+        sessions: config.sessions.clone(),
         ingest: config.ingest.clone(),
         db: database.pool().clone(),
         writer_options: database.options(),

@@ -90,18 +90,19 @@ async fn topics_that_begin_with_a_character_of_many_bytes() {
 #[tokio::test]
 async fn a_session_that_leaves_shared_and_unacknowledged_messages_behind() {
     let stage = Stage::set(&[]).await;
-    for clean in [false, true] {
-        let hello = Hello { clean, ..Hello::new(V5, "hostile") };
+    let live = stage.hostile.topic("live");
+    for (version, clean) in [(V5, false), (V5, true), (V311, false), (V311, true)] {
+        let hello = Hello { clean, ..Hello::new(version, "hostile") };
         let mut raw = Raw::hello(&stage.fleet, &stage.hostile, hello).await;
         assert_eq!(raw.answer().await, ConnAck(0));
-        raw.subscribe(&format!("$share/g/{}", stage.hostile.topic("#")), 1).await;
-        assert_eq!(raw.answer().await, SubAck(vec![0x9E]), "shared subscriptions are not offered");
-        raw.subscribe(&stage.hostile.topic("live"), 1).await;
-        assert_eq!(raw.answer().await, SubAck(vec![1]));
-        raw.publish(0x32, stage.hostile.topic("live")).await;
-        let mut answers = [raw.answer().await, raw.answer().await];
+        for filter in [format!("$share/g/{}", stage.hostile.topic("#")), live.clone()] {
+            raw.subscribe(&filter, 1).await;
+            assert_eq!(raw.answer().await, SubAck(vec![1]), "{filter}");
+        }
+        raw.publish(0x32, &live).await;
+        let mut answers = [raw.answer().await, raw.answer().await, raw.answer().await];
         answers.sort_by_key(|answer| *answer != Ack(0x40, 7, 0));
-        assert_eq!(answers, [Ack(0x40, 7, 0), Answer::Publish(stage.hostile.topic("live"))]);
+        assert_eq!(answers, [Ack(0x40, 7, 0), Answer::Publish(live.clone()), Answer::Publish(live.clone())]);
         raw.reset();
         stage.still_serves().await;
     }
@@ -255,16 +256,27 @@ async fn versions_that_are_not_spoken() {
 }
 
 #[tokio::test]
-async fn qos_2_that_was_not_offered() {
+async fn a_qos_2_message_sent_twice_is_taken_once_and_released_by_its_own_id() {
     let stage = Stage::set(&[]).await;
     for version in [V311, V5] {
-        for duplicate in [0x34, 0x3C] {
-            let mut raw = stage.connected(version).await;
-            raw.publish(duplicate, stage.hostile.topic("telemetry")).await;
-            raw.ends_with(0x9B, "§3.2.2.3.4 Maximum QoS is 1").await;
+        let mut watcher = stage.fleet.connect_admin("watcher").await;
+        watcher.subscribe(&stage.hostile.topic("#")).await;
+        let mut raw = stage.connected(version).await;
+        for first in [0x34, 0x3C, 0x34] {
+            raw.publish(first, stage.hostile.topic("live")).await;
+            assert_eq!(raw.answer().await, Ack(0x50, 7, 0), "§4.3.3 {first:#x}");
         }
+        raw.send(&[0x62, 2, 0, 6]).await;
+        let not_found = if version == V5 { 0x92 } else { 0 };
+        assert_eq!(raw.answer().await, Ack(0x70, 6, not_found), "another id releases nothing");
+        raw.send(&[0x62, 2, 0, 7]).await;
+        assert_eq!(raw.answer().await, Ack(0x70, 7, 0));
+        raw.publish(0x34, stage.hostile.topic("next")).await;
+        assert_eq!(raw.answer().await, Ack(0x50, 7, 0), "the id is free again");
+        assert_eq!(watcher.message().await.0, stage.hostile.topic("live"));
+        assert_eq!(watcher.message().await.0, stage.hostile.topic("next"), "the first came once");
+        watcher.disconnect().await;
     }
-    assert!(stage.fleet.series(&stage.hostile, "temp").await.is_empty());
     stage.still_serves().await;
 }
 
@@ -288,9 +300,9 @@ async fn unsubscribe_is_answered_once_with_a_reason_for_each_filter() {
 }
 
 #[tokio::test]
-async fn topic_aliases_that_were_not_offered() {
+async fn topic_aliases_beyond_what_is_offered() {
     let stage = Stage::set(&[]).await;
-    for alias in [0, 1, u16::MAX] {
+    for alias in [0, 17, u16::MAX] {
         let body = bytes().text(stage.hostile.topic("telemetry")).u16(7).u8(3).u8(0x23).u16(alias);
         stage.refuses_from(V5, &body.put(b"{}").packet(0x32), 0x94, "§3.3.2.3.4").await;
     }
@@ -402,8 +414,14 @@ async fn acknowledgements_of_nothing() {
         raw.send(&[0x40, 2, 0, 9, 0x40, 2, 0xFF, 0xFF]).await;
         raw.pings("a PUBACK of nothing is ignored").await;
     }
-    for first in [0x50, 0x62, 0x70] {
-        stage.refuses(&[first, 2, 0, 9], 0x82, "no QoS 2 message is under way").await;
+    for (version, not_found) in [(V311, 0), (V5, 0x92)] {
+        let mut raw = stage.connected(version).await;
+        raw.send(&[0x50, 2, 0, 9]).await;
+        assert_eq!(raw.answer().await, Ack(0x62, 9, not_found), "PUBREC of nothing");
+        raw.send(&[0x62, 2, 0, 9]).await;
+        assert_eq!(raw.answer().await, Ack(0x70, 9, not_found), "PUBREL of nothing");
+        raw.send(&[0x70, 2, 0, 9]).await;
+        raw.pings("a PUBCOMP of nothing is ignored").await;
     }
     stage.still_serves().await;
 }

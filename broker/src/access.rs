@@ -11,7 +11,7 @@ use bytestring::ByteString;
 use fleet_core::clock::Clock;
 use fleet_core::config;
 use fleet_core::credential::{self, Offer};
-use fleet_core::policy::{Principal, TopicRules, Who};
+use fleet_core::policy::{Guard, Principal, TopicRules, Who};
 use fleet_core::token::{self, Keys};
 use fleet_core::topic::{Channel, DeviceTopic};
 use sqlx::PgPool;
@@ -194,6 +194,11 @@ impl Rights {
         };
         let sender = self.sender.as_ref().ok_or("only the device itself may publish its telemetry and status")?;
         Ok(stored(sender.clone()))
+    }
+
+    /// What of this filter must not be received although it may be subscribed to.
+    pub(crate) fn delivery_guard(&self, filter: &str) -> Option<Guard> {
+        self.rules.delivery_guard(filter)
     }
 
     /// Whether this filter may be subscribed to.

@@ -1,37 +1,48 @@
 //! One client: packets in, packets out, and its limits.
 //!
-//! `handshake.rs` has let the client in; it lives in [`Connection::run`] and ends in [`Connection::finish`], which
-//! sends the will where the standard wants it.
-//! Holds: PUBACKs leave in the order of what they answer (MQTT 5 §4.6), so one that waits for a COMMIT holds the later
-//! ones back; while its writer's queue is full, or too much is unacknowledged or unsent, a client is not read;
-//! nothing a client sends reaches another connection's task.
+//! `handshake.rs` has let the client in and `opening.rs` has found its session; it lives in [`Connection::run`] and
+//! ends in [`Connection::finish`], which sends the will where the standard wants it. What the client sends is in
+//! `inbound.rs`, what it is sent in `outbound.rs`, its subscriptions in `subscribing.rs`.
+//! Holds: PUBACKs and PUBRECs leave in the order of what they answer (MQTT 5 §4.6), so one that waits for a COMMIT holds
+//! the later ones back; while a queue is full, or too much is unacknowledged or unsent, a client is not read; nothing a
+//! client sends reaches another connection's task.
 //! Ignorant of: what a reading means, and how it is stored.
 
-use std::collections::{HashSet, VecDeque};
+mod inbound;
+mod opening;
+mod outbound;
+mod subscribing;
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::num::NonZeroU16;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytestring::ByteString;
+use fleet_core::policy::Principal;
 use fleet_core::status::Change;
 use futures::FutureExt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::Shared;
-use crate::access::{Rights, Route};
+use crate::access::Rights;
 use crate::handshake::{self, Admitted, count_violation, say_goodbye};
-use crate::ingest::{Item, Message, Receipt, Sender, What};
+use crate::inflight::Inflight;
+use crate::ingest::{Item, What};
 use crate::listener::Arrival;
+use crate::mailbox::{Close, Delivery, Mailbox, Settled};
 use crate::metrics::Limit;
-use crate::router::{Routed, Subscriber};
-use crate::session::{Close, Delivery, Inflight, Mailbox, SessionKey};
+use crate::session::{Durable, SessionName, SubscriberId};
+use crate::store::Op;
 use crate::stream::{Io, Stream};
-use crate::wire::{
-    Ack, Decoder, Encoder, Outgoing, Packet, PacketId, Publish, QoS, Reason, RetainHandling, Subscribe,
-    SubscriptionFilter, TooLarge, Unsubscribe, Version, Violation, Will,
-};
+use crate::will::Will;
+use crate::wire::{self, Ack, Decoder, Encoder, Outgoing, PacketId, Reason, Version, Violation};
+use opening::Opened;
+pub(crate) use opening::end_session;
+use subscribing::Feed;
 
 /// While that many bytes wait for the socket, nothing is added and nothing is read.
 const MAX_OUTBOUND_BYTES: usize = 64 * 1024;
@@ -57,10 +68,17 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(shared: Arc<Shared>
             return Box::pin(handshake::turn_away(&shared, &mut admitted.stream, &admitted.encoder, busy)).await;
         }
     }
-    let mut connection = Box::new(Connection::new(shared, admitted, mailbox, number));
+    let opened = match Box::pin(opening::open(&shared, &mut admitted, &mailbox)).await {
+        Ok(opened) => opened,
+        Err(refusal) => {
+            shared.sessions.leave(&admitted.session, number);
+            return Box::pin(handshake::turn_away(&shared, &mut admitted.stream, &admitted.encoder, refusal)).await;
+        }
+    };
+    let mut connection = Box::new(Connection::new(shared, admitted, opened, mailbox, number));
     // A panic must not take the will and the session with it.
     let end = AssertUnwindSafe(connection.run()).catch_unwind().await.unwrap_or(End::Panicked);
-    tracing::debug!(%peer, transport = transport.as_str(), session = &*connection.session, end = end.label(), "a connection ended");
+    tracing::debug!(%peer, transport = transport.as_str(), session = &*connection.name, end = end.label(), "a connection ended");
     Box::pin(connection.finish(end)).await;
 }
 
@@ -126,11 +144,23 @@ impl End {
     }
 }
 
-/// A QoS 1 PUBLISH that has not been acknowledged.
+/// A QoS 1 or 2 PUBLISH that has not been answered.
 struct Pending {
     packet_id: PacketId,
-    /// `None` until it is committed.
-    answer: Option<(Reason, &'static str)>,
+    /// To be answered with PUBREC.
+    is_qos2: bool,
+    /// Whether all that had to be kept is kept.
+    is_ready: bool,
+    reason: Reason,
+    text: &'static str,
+}
+
+/// What is sent once a change of the session is kept.
+enum Later {
+    SubAck { packet_id: PacketId, reasons: Vec<Reason>, text: Option<&'static str> },
+    UnsubAck { packet_id: PacketId, reasons: Vec<Reason> },
+    PubRel(PacketId),
+    PubComp(PacketId),
 }
 
 type Waiting = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -140,19 +170,43 @@ struct Connection<S> {
     stream: Stream<S>,
     decoder: Decoder,
     encoder: Encoder,
+    principal: Principal,
     rights: Rights,
-    session: SessionKey,
+    name: SessionName,
     number: u64,
     mailbox: Arc<Mailbox>,
-    will: Option<Will>,
+    will: Option<Box<wire::Will>>,
+    /// The session, when it outlives this connection.
+    durable: Option<Arc<Durable>>,
+    /// Subscriptions of a session that does not.
     filters: HashSet<ByteString>,
-    /// Sent to the client, not yet acknowledged by it.
-    inflight: Inflight,
-    /// Received from the client, not yet acknowledged to it; the first has ticket `first_ticket`.
+    /// How long the session outlives this connection, in seconds.
+    expiry_s: u32,
+
+    /// Received from the client, not yet answered; the first has ticket `first_ticket`.
     pending: VecDeque<Pending>,
     first_ticket: u64,
-    /// A message its writer's queue has no room for; nothing is read meanwhile.
+    /// QoS 2 messages that were received and not yet released.
+    received: HashSet<PacketId>,
+    /// Topics the client has named by a number (MQTT 5 §3.3.2.3.4).
+    aliases_in: HashMap<NonZeroU16, ByteString>,
+    /// What waits for the store, in the order in which it was asked.
+    later: VecDeque<Later>,
+    /// Something for which a queue has no room; nothing is read meanwhile.
     stalled: Option<Waiting>,
+
+    /// Sent to the client, not yet acknowledged by it.
+    inflight: Inflight,
+    /// Topics the client knows by a number.
+    aliases_out: HashMap<ByteString, NonZeroU16>,
+    max_aliases_out: u16,
+    /// The next message, for which the client's window has no room.
+    held: Option<Box<Delivery>>,
+    /// Retained messages that new subscriptions are due.
+    feeds: VecDeque<Feed>,
+    /// The highest place in the session's queue that was sent.
+    sent_to: i64,
+
     keep_alive: Option<Duration>,
     last_packet: Instant,
     /// Since when a packet has begun and not ended.
@@ -172,23 +226,35 @@ enum Event {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Answers the CONNECT and notes that the device is here.
-    fn new(shared: Arc<Shared>, admitted: Admitted<S>, mailbox: Arc<Mailbox>, number: u64) -> Self {
+    fn new(shared: Arc<Shared>, admitted: Admitted<S>, opened: Opened, mailbox: Arc<Mailbox>, number: u64) -> Self {
         shared.metrics.connections.inc();
         shared.metrics.connects.with_label_values(&[Reason::Success.text()]).inc();
+        let connect = admitted.connect;
         let mut connection = Self {
             stream: admitted.stream,
             decoder: admitted.decoder,
             encoder: admitted.encoder,
+            principal: admitted.principal,
             rights: admitted.rights,
-            session: admitted.session,
+            name: admitted.session,
             number,
             mailbox,
-            will: admitted.connect.will,
+            will: connect.will.map(Box::new),
+            durable: opened.durable,
             filters: HashSet::new(),
-            inflight: Inflight::new(admitted.connect.receive_maximum.get()),
+            expiry_s: opened.expiry_s,
             pending: VecDeque::new(),
             first_ticket: 0,
+            received: opened.received.into_iter().collect(),
+            aliases_in: HashMap::new(),
+            later: VecDeque::new(),
             stalled: None,
+            inflight: Inflight::new(connect.receive_maximum.get()),
+            aliases_out: HashMap::new(),
+            max_aliases_out: connect.topic_alias_maximum.min(shared.settings.topic_alias_maximum),
+            held: None,
+            feeds: VecDeque::new(),
+            sent_to: 0,
             keep_alive: admitted.keep_alive.map(|keep_alive| keep_alive.mul_f32(1.5)),
             last_packet: Instant::now(),
             partial_since: None,
@@ -199,6 +265,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         connection.send(Outgoing::ConnAck(&admitted.answer));
         connection.see(Change::connected);
         connection
+    }
+
+    /// Names it in the router.
+    fn subscriber_id(&self) -> SubscriberId {
+        self.durable.as_ref().map_or(self.number, |session| session.number)
     }
 
     /// Works until the connection ends.
@@ -297,16 +368,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     // What others left
 
-    /// Sends the acknowledgements whose turn has come, and ends when that was asked for.
+    /// Sends what has waited for a COMMIT, and ends when that was asked for.
     fn settle(&mut self) -> Result<(), End> {
         let mut settled = Vec::new();
         let close = self.mailbox.take_settled(&mut settled);
-        for ticket in settled {
-            self.answer(ticket, (Reason::Success, ""));
+        for settled in settled {
+            match settled {
+                Settled::Ticket(ticket) => self.answer(ticket),
+                Settled::Change => self.send_later(),
+            }
         }
         self.acknowledge();
         match close {
-            Some(Close::ShuttingDown) if !self.pending.is_empty() => {
+            Some(Close::ShuttingDown) if !(self.pending.is_empty() && self.later.is_empty()) => {
                 self.drain_until.get_or_insert_with(|| Instant::now() + DRAIN_WITHIN);
                 Ok(())
             }
@@ -315,45 +389,33 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    fn answer(&mut self, ticket: u64, answer: (Reason, &'static str)) {
-        let place = ticket.checked_sub(self.first_ticket).and_then(|place| usize::try_from(place).ok());
-        if let Some(pending) = place.and_then(|place| self.pending.get_mut(place)) {
-            pending.answer = Some(answer);
+    fn send_later(&mut self) {
+        match self.later.pop_front() {
+            Some(Later::SubAck { packet_id, reasons, text }) => {
+                self.send(Outgoing::SubAck { packet_id, reasons: &reasons, reason_string: text });
+            }
+            Some(Later::UnsubAck { packet_id, reasons }) => {
+                self.send(Outgoing::UnsubAck { packet_id, reasons: &reasons, reason_string: None });
+            }
+            Some(Later::PubRel(packet_id)) => self.send(Outgoing::PubRel(&Ack::new(packet_id, Reason::Success))),
+            Some(Later::PubComp(packet_id)) => {
+                self.received.remove(&packet_id);
+                self.send(Outgoing::PubComp(&Ack::new(packet_id, Reason::Success)));
+            }
+            None => {}
         }
     }
 
-    fn acknowledge(&mut self) {
-        while let Some(Pending { packet_id, answer: Some((reason, text)) }) = self.pending.front() {
-            let reason_string = (!text.is_empty()).then(|| ByteString::from_static(text));
-            let ack = Ack { packet_id: *packet_id, reason: *reason, reason_string };
-            self.pending.pop_front();
-            self.first_ticket += 1;
-            self.send(Outgoing::PubAck(&ack));
-        }
-        if self.pending.is_empty() {
-            self.pending = VecDeque::new();
-        }
-    }
-
-    /// Sends what waits in the mailbox, as far as the client's window and the socket allow.
-    fn send_deliveries(&mut self) {
-        while self.inflight.has_room() && self.stream.outbound.len() < MAX_OUTBOUND_BYTES {
-            let Some(delivery) = self.mailbox.take_delivery() else { return };
-            self.send_delivery(delivery);
-        }
-    }
-
-    fn send_delivery(&mut self, delivery: Delivery) {
-        let Some(mut publish) = delivery.aged() else { return };
-        if publish.qos > QoS::AtMostOnce {
-            publish.packet_id = Some(self.inflight.begin());
-        }
-        if let Err(TooLarge) = self.encoder.encode(Outgoing::Publish(&publish), &mut self.stream.outbound) {
-            // Not sent, and treated as if it had been (MQTT 5 §3.1.2.11.4).
-            self.shared.metrics.hit(Limit::ClientPacketBytes);
-            publish.packet_id.map(|id| self.inflight.end(id));
-        } else {
-            self.shared.metrics.deliveries.inc();
+    /// Hands a change of the session to the store; when that has no room, nothing is read until it has.
+    fn keep(&mut self, op: Op) {
+        let shared = self.shared.clone();
+        if let Some(stalled) = self.stalled.take() {
+            self.stalled = Some(Box::pin(async move {
+                stalled.await;
+                shared.store.wait(op).await;
+            }));
+        } else if let Err(op) = self.shared.store.offer(op) {
+            self.stalled = Some(Box::pin(async move { shared.store.wait(op).await }));
         }
     }
 
@@ -363,206 +425,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    // What the client sends
-
-    fn read_packets(&mut self) -> Result<(), End> {
-        while self.may_read() {
-            let packet = match self.decoder.decode(&mut self.stream.inbound) {
-                Ok(Some(packet)) => packet,
-                Ok(None) => break,
-                Err(violation) => return Err(End::Violation(violation)),
-            };
-            self.partial_since = None;
-            self.handle(packet)?;
-        }
-        if self.stream.inbound.is_empty() {
-            self.partial_since = None;
-        } else {
-            self.partial_since.get_or_insert_with(Instant::now);
-        }
-        Ok(())
-    }
-
-    fn handle(&mut self, packet: Packet) -> Result<(), End> {
-        match packet {
-            Packet::Publish(publish) => self.receive(publish),
-            Packet::PubAck(ack) => {
-                // An acknowledgement of nothing is ignored: it may have crossed an expiry (MQTT 5 §4.4).
-                self.inflight.end(ack.packet_id);
-                Ok(())
-            }
-            Packet::Subscribe(subscribe) => {
-                self.subscribe(&subscribe);
-                Ok(())
-            }
-            Packet::Unsubscribe(unsubscribe) => {
-                self.unsubscribe(&unsubscribe);
-                Ok(())
-            }
-            Packet::PingReq => {
-                self.send(Outgoing::PingResp);
-                Ok(())
-            }
-            Packet::Disconnect(disconnect) if disconnect.reason == Reason::Success => Err(End::Disconnected),
-            Packet::Disconnect(_) => Err(End::DisconnectedWithWill),
-            // QoS 2 is not offered, so none of it can be under way.
-            Packet::PubRec(ack) | Packet::PubRel(ack) | Packet::PubComp(ack) => {
-                tracing::debug!(packet_id = ack.packet_id, "an acknowledgement of QoS 2, which is not offered");
-                Err(violation(Reason::ProtocolError, "no QoS 2 message is under way"))
-            }
-            Packet::Auth(_) => Err(violation(Reason::ProtocolError, "extended authentication is not offered")),
-            Packet::Connect(_) => Err(violation(Reason::ProtocolError, "a second CONNECT")),
-        }
-    }
-
-    fn receive(&mut self, publish: Publish) -> Result<(), End> {
-        self.shared.metrics.publishes.inc();
-        if publish.qos == QoS::ExactlyOnce {
-            return Err(violation(Reason::QosNotSupported, "expected QoS 0 or 1"));
-        }
-        if publish.topic_alias.is_some() {
-            return Err(violation(Reason::TopicAliasInvalid, "no topic alias is accepted"));
-        }
-        if publish.packet_id.is_some() && self.pending.len() >= usize::from(self.shared.settings.receive_maximum) {
-            self.shared.metrics.hit(Limit::ReceiveMaximum);
-            return Err(violation(Reason::ReceiveMaximumExceeded, "more unacknowledged messages than Receive Maximum"));
-        }
-        match self.rights.publish(&publish.topic) {
-            Ok(Route::Telemetry(sender)) => self.store(sender, publish, What::Telemetry),
-            Ok(Route::Status(sender)) => self.store(sender, publish, What::Status),
-            Ok(Route::Live) => self.pass_on(&publish),
-            Err(text) => return self.deny(&publish, text),
-        }
-        Ok(())
-    }
-
-    /// Says no: with a reason at QoS 1 of MQTT 5; 3.1.1 can only be closed (3.1.1 §3.3.5).
-    fn deny(&mut self, publish: &Publish, text: &'static str) -> Result<(), End> {
-        self.shared.metrics.denied.with_label_values(&["publish"]).inc();
-        if self.encoder.version() == Version::V311 {
-            return Err(End::Denied);
-        }
-        self.acknowledge_now(publish, Reason::NotAuthorized, text);
-        Ok(())
-    }
-
-    /// Hands a message to its writer; it is acknowledged when that has committed it.
-    fn store(&mut self, sender: Arc<Sender>, publish: Publish, what: fn(Message) -> What) {
-        let receipt = publish.packet_id.map(|packet_id| self.expect_answer(packet_id));
-        let item = Item::new(sender, self.shared.clock.now_ms(), what(Message { publish, receipt }));
-        self.offer(item);
-    }
-
-    fn expect_answer(&mut self, packet_id: PacketId) -> Receipt {
-        let ticket = self.first_ticket + self.pending.len() as u64;
-        self.pending.push_back(Pending { packet_id, answer: None });
-        Receipt { mailbox: self.mailbox.clone(), ticket }
-    }
-
-    fn offer(&mut self, item: Item) {
-        if let Err(item) = self.shared.ingest.offer(item) {
-            let shared = self.shared.clone();
-            self.stalled = Some(Box::pin(async move { shared.ingest.wait(item).await }));
-        }
-    }
-
-    /// Notes what the broker sees of a device.
-    fn see(&mut self, change: fn(fleet_core::id::DeviceKey, i64) -> Change) {
-        let Some(sender) = self.rights.sender().cloned() else { return };
-        let now_ms = self.shared.clock.now_ms();
-        let change = change(sender.device, now_ms);
-        self.offer(Item::new(sender, now_ms, What::Seen(change)));
-    }
-
-    /// Routes a message that is not stored.
-    fn pass_on(&mut self, publish: &Publish) {
-        if publish.retain && self.shared.router.retain(publish).is_err() {
-            return self.acknowledge_now(publish, Reason::QuotaExceeded, "no room for another retained message");
-        }
-        let reason = match self.shared.router.publish(publish, Some(self.number)) {
-            Routed::Delivered => Reason::Success,
-            Routed::NoSubscriber => Reason::NoMatchingSubscribers,
-        };
-        self.acknowledge_now(publish, reason, "");
-    }
-
-    fn acknowledge_now(&mut self, publish: &Publish, reason: Reason, text: &'static str) {
-        let Some(packet_id) = publish.packet_id else { return };
-        self.pending.push_back(Pending { packet_id, answer: Some((reason, text)) });
-        self.acknowledge();
-    }
-
-    fn subscribe(&mut self, subscribe: &Subscribe) {
-        let granted: Vec<_> =
-            subscribe.filters.iter().map(|asked| self.subscribe_one(asked, subscribe.subscription_id)).collect();
-        let reasons: Vec<_> = granted.iter().map(|granted| granted.as_ref().map_or_else(|r| *r, |(r, _)| *r)).collect();
-        let denied = reasons.contains(&Reason::NotAuthorized).then_some("subscribing to this filter is not allowed");
-        self.send(Outgoing::SubAck { packet_id: subscribe.packet_id, reasons: &reasons, reason_string: denied });
-        for (asked, granted) in subscribe.filters.iter().zip(granted) {
-            if let Ok((_, Some(subscriber))) = granted {
-                self.shared.router.deliver_retained(&asked.filter, &subscriber);
-            }
-        }
-    }
-
-    /// Grants one filter (with the subscriber when retained messages are due), or says why not.
-    fn subscribe_one(
-        &mut self,
-        asked: &SubscriptionFilter,
-        subscription_id: Option<u32>,
-    ) -> Result<(Reason, Option<Subscriber>), Reason> {
-        if !asked.valid {
-            return Err(Reason::TopicFilterInvalid);
-        }
-        if asked.filter.starts_with("$share/") {
-            return Err(Reason::SharedSubscriptionsNotSupported);
-        }
-        if !self.rights.may_subscribe(&asked.filter) {
-            self.shared.metrics.denied.with_label_values(&["subscribe"]).inc();
-            return Err(Reason::NotAuthorized);
-        }
-        let held = self.filters.contains(&asked.filter);
-        if !held && self.filters.len() >= self.shared.settings.max_subscriptions {
-            self.shared.metrics.hit(Limit::Subscriptions);
-            return Err(Reason::QuotaExceeded);
-        }
-        let qos = asked.qos.min(QoS::AtLeastOnce);
-        let subscriber = Subscriber {
-            connection: self.number,
-            mailbox: self.mailbox.clone(),
-            qos,
-            no_local: asked.no_local,
-            retain_as_published: asked.retain_as_published,
-            subscription_id,
-        };
-        // A copy: the filter itself is a slice of everything that was read with it.
-        self.filters.insert(ByteString::from(&*asked.filter));
-        self.shared.router.subscribe(&asked.filter, subscriber.clone());
-        let due = match asked.retain_handling {
-            RetainHandling::AtSubscribe => true,
-            RetainHandling::AtNewSubscribe => !held,
-            RetainHandling::Never => false,
-        };
-        let reason = if qos == QoS::AtLeastOnce { Reason::GrantedQos1 } else { Reason::Success };
-        Ok((reason, due.then_some(subscriber)))
-    }
-
-    fn unsubscribe(&mut self, unsubscribe: &Unsubscribe) {
-        let reasons: Vec<_> = unsubscribe
-            .filters
-            .iter()
-            .map(|filter| {
-                if self.filters.remove(filter) {
-                    self.shared.router.unsubscribe(filter, self.number);
-                    Reason::Success
-                } else {
-                    Reason::NoSubscriptionExisted
-                }
-            })
-            .collect();
-        self.send(Outgoing::UnsubAck { packet_id: unsubscribe.packet_id, reasons: &reasons, reason_string: None });
-    }
-
     // The end
 
     /// Says good-bye where there is somebody to hear it, gives everything up, sends the will, lets the next one in.
@@ -570,24 +432,53 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let shared = self.shared.clone();
         shared.metrics.connections.dec();
         shared.metrics.disconnects.with_label_values(&[end.label()]).inc();
-        for filter in self.filters.drain() {
-            shared.router.unsubscribe(&filter, self.number);
-        }
-        // What its writer had no room for was not acknowledged; still, nothing is dropped while it can be kept.
+        // What a queue had no room for was not acknowledged; still, nothing is dropped while it can be kept.
         if let Some(stalled) = self.stalled.take() {
             stalled.await;
         }
         self.note_end(&end).await;
-        if let Some(will) = self.will.take().filter(|_| end.wants_will()) {
-            self.send_will(will).await;
+        let will = self.will.take().filter(|_| end.wants_will());
+        let will = will.map(|message| Will { owner: self.principal.clone(), message: *message });
+        match self.durable.take() {
+            Some(session) => self.leave_durable(&session, will).await,
+            None => self.leave_clean(will).await,
         }
-        shared.sessions.leave(&self.session, self.number);
+        shared.sessions.leave(&self.name, self.number);
         if let End::Violation(violation) = &end {
             count_violation(&shared, violation);
         }
         if let Some((reason, text)) = end.farewell() {
             let goodbye = Outgoing::Disconnect { reason, reason_string: Some(&text), user_properties: &[] };
             say_goodbye(&mut self.stream, &self.encoder, goodbye).await;
+        }
+    }
+
+    /// The session ends with the connection (MQTT 5 §3.1.2.11.2), and a will does not wait longer than that.
+    async fn leave_clean(&mut self, will: Option<Will>) {
+        for filter in self.filters.drain() {
+            self.shared.router.unsubscribe(&filter, self.number);
+        }
+        self.hand_on().await;
+        if let Some(will) = will {
+            will.send(&self.shared).await;
+        }
+    }
+
+    /// The session goes on without a connection, or ends if the client wants no more of it.
+    async fn leave_durable(&mut self, session: &Arc<Durable>, will: Option<Will>) {
+        session.leave_queue(self.sent_to);
+        if self.expiry_s == 0 {
+            opening::end_session(&self.shared, session).await;
+        }
+        let waits = self.expiry_s > 0 && will.as_ref().is_some_and(|will| !will.delay().is_zero());
+        let (later, now) = if waits { (will, None) } else { (None, will) };
+        if let Some(will) = now {
+            will.send(&self.shared).await;
+        }
+        if self.expiry_s > 0 {
+            let keep_will = later.is_some();
+            self.shared.sessions.away(session, self.expiry_s, later);
+            self.shared.store.wait(Op::Leave { session: session.clone(), keep_will }).await;
         }
     }
 
@@ -599,20 +490,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             _ => Change::lost(sender.device, now_ms, end.label()),
         };
         self.shared.ingest.wait(Item::new(sender, now_ms, What::Seen(change))).await;
-    }
-
-    async fn send_will(&mut self, will: Will) {
-        let publish =
-            Publish { properties: will.properties, ..Publish::new(will.topic, will.payload, will.qos, will.retain) };
-        // The rights may have changed since the CONNECT.
-        let (sender, what): (_, fn(Message) -> What) = match self.rights.publish(&publish.topic) {
-            Ok(Route::Telemetry(sender)) => (sender, What::Telemetry),
-            Ok(Route::Status(sender)) => (sender, What::Status),
-            Ok(Route::Live) => return self.pass_on(&publish),
-            Err(_) => return,
-        };
-        let item = Item::new(sender, self.shared.clock.now_ms(), what(Message { publish, receipt: None }));
-        self.shared.ingest.wait(item).await;
     }
 }
 

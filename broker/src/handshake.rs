@@ -16,7 +16,7 @@ use crate::Shared;
 use crate::access::{Refusal, Rights};
 use crate::listener::Arrival;
 use crate::metrics::Limit;
-use crate::session::SessionKey;
+use crate::session::SessionName;
 use crate::stream::{Io, Stream};
 use crate::wire::{ConnAck, Connect, Decoder, Encoder, Outgoing, Packet, QoS, Reason, Version, Violation};
 
@@ -35,8 +35,11 @@ pub(crate) struct Admitted<S> {
     pub(crate) decoder: Decoder,
     pub(crate) encoder: Encoder,
     pub(crate) connect: Connect,
+    pub(crate) principal: Principal,
     pub(crate) rights: Rights,
-    pub(crate) session: SessionKey,
+    /// The client's own id, or the one it was given.
+    pub(crate) client_id: ByteString,
+    pub(crate) session: SessionName,
     /// What it is answered, once the session is its own.
     pub(crate) answer: ConnAck,
     /// `None`: it may be silent for ever (3.1.1 only).
@@ -56,9 +59,20 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
             let client_id = client_id(&connect, &principal);
             let session = session_key(&principal, &client_id);
             let keep_alive_s = keep_alive_s(&connect, shared.settings.max_keep_alive_s);
-            let answer = welcome(shared, &connect, &client_id, keep_alive_s);
+            let answer = welcome(shared, &connect, &principal, &client_id, keep_alive_s);
             let keep_alive = keep_alive_s.map(|seconds| Duration::from_secs(u64::from(seconds)));
-            Some(Admitted { stream, decoder, encoder, connect, rights, session, answer, keep_alive })
+            Some(Admitted {
+                stream,
+                decoder,
+                encoder,
+                connect,
+                principal,
+                rights,
+                client_id,
+                session,
+                answer,
+                keep_alive,
+            })
         }
         Err(refusal) => {
             tracing::debug!(peer = %arrival.peer, reason = %refusal.reason, text = refusal.text, "a client was turned away");
@@ -187,7 +201,7 @@ fn client_id(connect: &Connect, principal: &Principal) -> ByteString {
     }
 }
 
-fn session_key(principal: &Principal, client_id: &str) -> SessionKey {
+fn session_key(principal: &Principal, client_id: &str) -> SessionName {
     match &principal.who {
         Who::Device { id, .. } => format!("{}/{id}/{client_id}", principal.tenant_id),
         Who::User { id, .. } => format!("{}//{id}/{client_id}", principal.tenant_id),
@@ -205,15 +219,29 @@ fn keep_alive_s(connect: &Connect, most: u16) -> Option<u16> {
     }
 }
 
-fn welcome(shared: &Shared, connect: &Connect, client_id: &ByteString, keep_alive_s: Option<u16>) -> ConnAck {
+fn welcome(
+    shared: &Shared,
+    connect: &Connect,
+    principal: &Principal,
+    client_id: &ByteString,
+    keep_alive_s: Option<u16>,
+) -> ConnAck {
     ConnAck {
         assigned_client_id: connect.client_id.is_empty().then(|| client_id.clone()),
         server_keep_alive_s: keep_alive_s.filter(|seconds| *seconds != connect.keep_alive_s),
-        session_expiry_s: (connect.session_expiry_s > 0).then_some(0),
         receive_maximum: NonZeroU16::new(shared.settings.receive_maximum).unwrap_or(NonZeroU16::MAX),
-        maximum_qos: QoS::AtLeastOnce,
         maximum_packet_size: NonZeroU32::new(shared.settings.max_packet_bytes),
-        shared_subscriptions_available: false,
+        topic_alias_maximum: shared.settings.topic_alias_maximum,
+        response_information: connect.request_response_information.then(|| response_information(principal)),
         ..ConnAck::default()
+    }
+}
+
+/// Where the client may have answers sent to (MQTT 5 §3.2.2.3.15): a prefix of topics that it may subscribe to.
+fn response_information(principal: &Principal) -> ByteString {
+    let tenant = &principal.tenant_id;
+    match &principal.who {
+        Who::Device { id, .. } => format!("fleet/v1/{tenant}/{id}/").into(),
+        Who::User { .. } => format!("app/{tenant}/").into(),
     }
 }

@@ -19,14 +19,13 @@ use fleet_core::status::{self, Change};
 use fleet_core::telemetry::{self, Batch, Limits, Rejected, Shapes};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection, PgConnection};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use crate::metrics::Metrics;
-use crate::router::Router;
-use crate::session::{Close, Mailbox};
-use crate::wire::Publish;
+use crate::metrics::{Limit, Metrics};
+use crate::queue::{self, Held, Queue};
+use crate::store::{self as sessions, Incoming};
 
 /// First wait before a failed commit is tried again; doubled up to [`RETRY_AT_MOST`].
 const RETRY_FIRST: Duration = Duration::from_millis(50);
@@ -36,12 +35,6 @@ const RETRY_AT_MOST: Duration = Duration::from_secs(1);
 const COMMIT_WITHIN: Duration = Duration::from_secs(30);
 /// Latest values and states are written that often.
 const FLUSH_EVERY: Duration = Duration::from_secs(1);
-
-/// Where an acknowledgement goes once the message is committed.
-pub(crate) struct Receipt {
-    pub(crate) mailbox: Arc<Mailbox>,
-    pub(crate) ticket: u64,
-}
 
 /// The device whose message it is.
 #[derive(Debug, PartialEq, Eq)]
@@ -56,33 +49,24 @@ pub(crate) struct Item {
     sender: Arc<Sender>,
     received_ms: i64,
     what: What,
-    /// Its share of the queue's bytes; given back when the item is dropped.
-    room: Option<OwnedSemaphorePermit>,
 }
 
 /// What an item is.
 pub(crate) enum What {
     /// Readings, as a device sent them.
-    Telemetry(Message),
+    Telemetry(Incoming),
     /// A state, as a device sent it.
-    Status(Message),
+    Status(Incoming),
     /// A state, as the broker saw it.
     Seen(Change),
 }
 
-/// A message of a device.
-pub(crate) struct Message {
-    pub(crate) publish: Publish,
-    /// `None` at QoS 0 and for wills.
-    pub(crate) receipt: Option<Receipt>,
-}
-
 impl Item {
     pub(crate) fn new(sender: Arc<Sender>, received_ms: i64, what: What) -> Self {
-        Self { sender, received_ms, what, room: None }
+        Self { sender, received_ms, what }
     }
 
-    fn message(&self) -> Option<&Message> {
+    fn message(&self) -> Option<&Incoming> {
         match &self.what {
             What::Telemetry(message) | What::Status(message) => Some(message),
             What::Seen(_) => None,
@@ -96,36 +80,12 @@ impl Item {
 
 /// The way in: one bounded queue for each writer.
 pub(crate) struct Ingest {
-    queues: Vec<Queue>,
+    queues: Vec<Queue<Item>>,
     metrics: Metrics,
 }
 
-struct Queue {
-    items: mpsc::Sender<Item>,
-    bytes: Arc<Semaphore>,
-}
-
-impl Queue {
-    /// The item with its room taken, or the item back when there is none.
-    #[expect(clippy::result_large_err, reason = "the item itself comes back; a box would cost every message one")]
-    fn with_room(&self, mut item: Item) -> Result<Item, Item> {
-        match self.bytes.clone().try_acquire_many_owned(permits(&item)) {
-            Ok(room) => {
-                item.room = Some(room);
-                Ok(item)
-            }
-            Err(_) => Err(item),
-        }
-    }
-}
-
-/// A permit is a byte; a packet is at most 256 MiB, so it fits.
-fn permits(item: &Item) -> u32 {
-    u32::try_from(item.bytes()).unwrap_or(u32::MAX)
-}
-
 impl Ingest {
-    fn queue(&self, device: DeviceKey) -> &Queue {
+    fn queue(&self, device: DeviceKey) -> &Queue<Item> {
         let index = usize::try_from(device.0.unsigned_abs()).unwrap_or_default() % self.queues.len();
         &self.queues[index]
     }
@@ -136,25 +96,19 @@ impl Ingest {
     /// The item comes back when the queue is full: [`Ingest::wait`] for room, and read nothing meanwhile.
     #[expect(clippy::result_large_err, reason = "the item itself comes back; a box would cost every message one")]
     pub(crate) fn offer(&self, item: Item) -> Result<(), Item> {
-        let queue = self.queue(item.sender.device);
-        let item = queue.with_room(item)?;
-        queue.items.try_send(item).map_err(|refused| {
-            let mut item = refused.into_inner();
-            item.room = None;
-            item
-        })?;
+        let bytes = item.bytes();
+        self.queue(item.sender.device).offer(item, bytes)?;
         self.metrics.queued.inc();
         Ok(())
     }
 
     /// Hands an item to its device's writer, waiting for room as long as it takes.
     pub(crate) async fn wait(&self, item: Item) {
-        let Err(mut item) = self.offer(item) else { return };
-        self.metrics.hit(crate::metrics::Limit::IngestQueue);
-        let queue = self.queue(item.sender.device);
-        item.room = queue.bytes.clone().acquire_many_owned(permits(&item)).await.ok();
+        let Err(item) = self.offer(item) else { return };
+        self.metrics.hit(Limit::IngestQueue);
+        let bytes = item.bytes();
         // The writer is gone only when the broker stops; what it has not taken was not acknowledged.
-        if queue.items.send(item).await.is_ok() {
+        if self.queue(item.sender.device).wait(item, bytes).await {
             self.metrics.queued.inc();
         }
     }
@@ -167,6 +121,13 @@ pub struct Health {
 }
 
 impl Health {
+    /// The same, and one more that must not be away.
+    #[must_use]
+    pub(crate) fn with(mut self, is_away: Arc<AtomicBool>) -> Self {
+        self.away.push(is_away);
+        self
+    }
+
     /// `true` while every writer's last try succeeded.
     pub fn is_ready(&self) -> bool {
         self.away.iter().all(|away| !away.load(Ordering::Relaxed))
@@ -200,26 +161,26 @@ impl Writers {
 pub(crate) fn start(
     settings: &config::Ingest,
     options: &PgConnectOptions,
-    router: &Router,
+    session_store: &sessions::Store,
     metrics: &Metrics,
 ) -> (Ingest, Writers) {
     let mut queues = Vec::new();
     let mut tasks = Vec::new();
     let mut away = Vec::new();
     for index in 0..settings.writers {
-        let (items, taken) = mpsc::channel(settings.queue_messages);
+        let (items, taken) = queue::bounded(settings.queue_messages, settings.queue_bytes);
         let is_away = Arc::new(AtomicBool::new(false));
         let writer = Writer {
             index,
             items: taken,
             store: Store::new(settings, options.clone()),
-            router: router.clone(),
+            sessions: session_store.clone(),
             metrics: metrics.clone(),
             is_away: is_away.clone(),
             settings: settings.clone(),
         };
         tasks.push(tokio::spawn(writer.run()));
-        queues.push(Queue { items, bytes: Arc::new(Semaphore::new(settings.queue_bytes)) });
+        queues.push(items);
         away.push(is_away);
     }
     (Ingest { queues, metrics: metrics.clone() }, Writers { tasks, health: Health { away } })
@@ -228,9 +189,9 @@ pub(crate) fn start(
 /// Takes from one queue, commits, releases the acknowledgements.
 struct Writer {
     index: usize,
-    items: mpsc::Receiver<Item>,
+    items: mpsc::Receiver<Held<Item>>,
     store: Store,
-    router: Router,
+    sessions: sessions::Store,
     metrics: Metrics,
     is_away: Arc<AtomicBool>,
     settings: config::Ingest,
@@ -240,7 +201,7 @@ impl Writer {
     async fn run(mut self) {
         let mut flush = tokio::time::interval(FLUSH_EVERY);
         flush.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut items = Vec::with_capacity(self.settings.batch_messages);
+        let mut items: Vec<Held<Item>> = Vec::with_capacity(self.settings.batch_messages);
         loop {
             tokio::select! {
                 biased;
@@ -251,7 +212,7 @@ impl Writer {
                         self.fill(first, &mut items).await;
                         let lost = self.commit(&items).await;
                         self.metrics.commit_seconds.observe(began.elapsed().as_secs_f64());
-                        self.release(&mut items, &lost);
+                        self.release(&mut items, &lost).await;
                         if self.store.tracker.wants_flush() {
                             self.flush(false).await;
                         }
@@ -264,30 +225,27 @@ impl Writer {
     }
 
     /// Gathers a batch: until it is full, or its first message has waited long enough.
-    async fn fill(&mut self, first: Item, items: &mut Vec<Item>) {
+    async fn fill(&mut self, first: Held<Item>, items: &mut Vec<Held<Item>>) {
         let deadline = Instant::now() + Duration::from_millis(self.settings.batch_wait_ms);
-        let mut bytes = first.bytes();
+        let mut bytes = first.item.bytes();
         items.push(first);
         while items.len() < self.settings.batch_messages && bytes < self.settings.batch_bytes {
-            let Ok(item) = self.items.try_recv() else {
-                match timeout_at(deadline, self.items.recv()).await {
-                    Ok(Some(item)) => {
-                        bytes += item.bytes();
-                        items.push(item);
-                        continue;
-                    }
+            let held = match self.items.try_recv() {
+                Ok(held) => held,
+                Err(_) => match timeout_at(deadline, self.items.recv()).await {
+                    Ok(Some(held)) => held,
                     Ok(None) | Err(_) => return,
-                }
+                },
             };
-            bytes += item.bytes();
-            items.push(item);
+            bytes += held.item.bytes();
+            items.push(held);
         }
     }
 
     /// Commits the batch, however long the database is away. What it refuses for good is narrowed down by halves
     /// until the one message at fault stands alone and goes to the dead letters. Returns the places of those that the
     /// database would not even keep there: they must not be acknowledged.
-    async fn commit(&mut self, items: &[Item]) -> Vec<usize> {
+    async fn commit(&mut self, items: &[Held<Item>]) -> Vec<usize> {
         self.metrics.batch_size.observe(count(items.len()));
         let mut lost = Vec::new();
         let whole = 0..items.len();
@@ -301,7 +259,7 @@ impl Writer {
                 parts.extend([middle..part.end, part.start..middle]);
             // Once more: a row can be refused only because the partition of its day was just being made.
             } else if let Err(refusal) = self.try_part(&items[part.clone()]).await
-                && !self.put_aside(&items[part.start], &refusal).await
+                && !self.put_aside(&items[part.start].item, &refusal).await
             {
                 lost.push(part.start);
             }
@@ -309,7 +267,7 @@ impl Writer {
         lost
     }
 
-    async fn try_part(&mut self, part: &[Item]) -> Result<(), String> {
+    async fn try_part(&mut self, part: &[Held<Item>]) -> Result<(), String> {
         let mut sorted = self.store.sort(part);
         let committed = self.until_committed(&mut sorted).await;
         self.store.reuse(sorted);
@@ -365,26 +323,22 @@ impl Writer {
         }
     }
 
-    /// After the COMMIT: acknowledgements, then subscribers. Whose message was not kept is disconnected instead.
-    fn release(&mut self, items: &mut Vec<Item>, lost: &[usize]) {
+    /// After the COMMIT: subscribers and acknowledgements; what durable sessions are to get is kept before the latter.
+    /// Whose message was not kept is disconnected instead.
+    async fn release(&mut self, items: &mut Vec<Held<Item>>, lost: &[usize]) {
         self.metrics.queued.sub(i64::try_from(items.len()).unwrap_or_default());
-        for (place, item) in items.iter().enumerate() {
-            let Some(message) = item.message() else { continue };
-            if lost.contains(&place) {
-                if let Some(receipt) = &message.receipt {
-                    receipt.mailbox.close(Close::NotStored);
+        for (place, held) in items.drain(..).enumerate() {
+            let (What::Telemetry(incoming) | What::Status(incoming)) = held.item.what else { continue };
+            match &incoming.receipt {
+                Some(receipt) if lost.contains(&place) => receipt.fail(),
+                Some(_) => {
+                    self.metrics.acknowledged.inc();
+                    self.sessions.publish(incoming).await;
                 }
-                continue;
+                None if lost.contains(&place) => {}
+                None => self.sessions.publish(incoming).await,
             }
-            if let Some(receipt) = &message.receipt {
-                receipt.mailbox.settle(receipt.ticket);
-                self.metrics.acknowledged.inc();
-            }
-            // The message is stored; that no more can be retained is counted, and is no reason to refuse it.
-            let _ = message.publish.retain.then(|| self.router.retain(&message.publish));
-            self.router.publish(&message.publish, None);
         }
-        items.clear();
     }
 
     /// Writes newest values: of the devices that wait longest, or at the end of all.
@@ -449,10 +403,10 @@ impl Store {
     }
 
     /// Decodes each message once; a retry commits the same rows under the same ids.
-    fn sort(&mut self, items: &[Item]) -> Sorted {
+    fn sort(&mut self, items: &[Held<Item>]) -> Sorted {
         let mut sorted = Sorted::new(std::mem::take(&mut self.batch));
-        for item in items {
-            sorted.add(item, &self.limits);
+        for held in items {
+            sorted.add(&held.item, &self.limits);
         }
         sorted
     }
@@ -548,7 +502,7 @@ impl Sorted {
         }
     }
 
-    fn put_aside(&mut self, item: &Item, message: &Message, rejected: Rejected) {
+    fn put_aside(&mut self, item: &Item, message: &Incoming, rejected: Rejected) {
         self.letters.push(DeadLetter {
             id: DeadLetterId::new(),
             tenant: item.sender.tenant,

@@ -5,8 +5,9 @@
 //! | accepting connections, admission | [`listener`](self) (`listener.rs`) |
 //! | from a socket to a known client | `handshake.rs` |
 //! | one client: packets in, packets out, its limits | `connection.rs`, over the bytes of `stream.rs` |
-//! | what belongs to a client: subscriptions, in-flight messages, its mailbox | `session.rs` |
-//! | the subscription tree and retained messages | `router.rs` |
+//! | what others leave for it, and what it has not acknowledged | `mailbox.rs`, `inflight.rs` |
+//! | what outlives a connection | `session.rs`, `will.rs`; kept by `store.rs`, found again by `restore.rs` |
+//! | the subscription tree, and retained messages | `router.rs`, `retained.rs` |
 //! | who may connect, and on which topics | `access.rs`, many at once by `batch.rs` |
 //! | queue → writer → database → acknowledgement | `ingest.rs` |
 //! | connection events on their way to the database | `events.rs` |
@@ -21,12 +22,20 @@ mod batch;
 mod connection;
 mod events;
 mod handshake;
+mod inflight;
 mod ingest;
 mod listener;
+mod mailbox;
 mod metrics;
+mod queue;
+mod restore;
+mod retained;
 mod router;
+mod rows;
 mod session;
+mod store;
 mod stream;
+mod will;
 pub mod wire;
 
 use std::net::SocketAddr;
@@ -48,8 +57,12 @@ use access::Access;
 use events::Events;
 use ingest::Ingest;
 use listener::Entrance;
+use retained::Retained;
 use router::Router;
+use rows::Now;
 use session::Sessions;
+use store::Store;
+use tokio::task::JoinHandle;
 
 /// How long a stop waits for clients to be told and for batches to commit.
 const STOP_WITHIN: Duration = Duration::from_secs(8);
@@ -60,6 +73,8 @@ pub struct Parts {
     pub mqtt: config::Mqtt,
     /// Who is let in, and how fast.
     pub admission: config::Admission,
+    /// Settings of the sessions that clients find again.
+    pub sessions: config::Sessions,
     /// Settings of the writers.
     pub ingest: config::Ingest,
     /// For credentials; the writers have connections of their own.
@@ -96,9 +111,11 @@ pub enum StartError {
 /// Everything the parts of a running broker share.
 struct Shared {
     settings: config::Mqtt,
+    session_limits: config::Sessions,
     access: Access,
     router: Router,
-    sessions: Sessions,
+    sessions: Arc<Sessions>,
+    store: Store,
     ingest: Ingest,
     metrics: Metrics,
     #[expect(dead_code, reason = "what notes events follows")]
@@ -111,13 +128,15 @@ pub struct Broker {
     shared: Arc<Shared>,
     entrance: Arc<Entrance>,
     address: SocketAddr,
-    accepting: tokio::task::JoinHandle<()>,
+    accepting: JoinHandle<()>,
+    keeping_time: JoinHandle<()>,
     writers: ingest::Writers,
+    storing: store::Storing,
     events: events::Writing,
 }
 
 impl Broker {
-    /// Starts the writers and listens. Devices that were online when an earlier broker died are marked lost first.
+    /// Takes up what an earlier broker has left, starts the writers and listens.
     ///
     /// # Errors
     /// [`StartError`] when the address is taken or the database refuses.
@@ -126,25 +145,44 @@ impl Broker {
         let listener = listener::bind(parts.mqtt.listen)?;
         let address =
             listener.local_addr().map_err(|error| StartError::Listen { address: parts.mqtt.listen, error })?;
+        let now = Now::of(&parts.clock);
+        let router = Router::new(metrics.clone());
+        let sessions = Arc::new(Sessions::default());
+        let retained = Arc::new(Retained::new(parts.mqtt.max_retained, parts.mqtt.max_retained_bytes, metrics.clone()));
         let mut db = parts.db.acquire().await.map_err(fleet_core::Error::from)?;
-        fleet_core::status::mark_all_lost(&mut db, parts.clock.now_ms(), "the broker stopped").await?;
+        restore::retained_messages(&mut db, &retained, now).await?;
+        let restored = restore::sessions(&mut db, &sessions, &router, now).await?;
         drop(db);
-        let router = Router::new(parts.mqtt.max_retained, metrics.clone());
-        let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &router, &metrics);
+        metrics.sessions.set(i64::try_from(restored.len()).unwrap_or(i64::MAX));
+        let (store, storing) = store::start(store::Parts {
+            settings: parts.sessions.clone(),
+            page: store::Page::of(&parts.mqtt),
+            options: parts.writer_options.clone(),
+            router: router.clone(),
+            sessions: sessions.clone(),
+            retained,
+            clock: parts.clock.clone(),
+            metrics: metrics.clone(),
+        });
+        let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &store, &metrics);
         let (events, writing) = Events::start(parts.db.clone(), metrics.clone());
         let shared = Arc::new(Shared {
             access: Access::new(parts.db, parts.keys, parts.clock.clone(), &parts.admission, &metrics),
-            sessions: Sessions::default(),
+            sessions,
+            store,
             settings: parts.mqtt,
+            session_limits: parts.sessions,
             clock: parts.clock,
             router,
             ingest,
             metrics,
             events,
         });
+        restore::go_on(&shared, restored, now).await;
+        let keeping_time = tokio::spawn(restore::keep_time(shared.clone()));
         let entrance = Arc::new(Entrance::new(shared.clone()));
         let accepting = tokio::spawn(listener::accept(listener, entrance.clone()));
-        Ok(Self { shared, entrance, address, accepting, writers, events: writing })
+        Ok(Self { shared, entrance, address, accepting, keeping_time, writers, storing, events: writing })
     }
 
     /// The address that is listened on; the port is real even when 0 was asked for.
@@ -159,7 +197,7 @@ impl Broker {
 
     /// Tells whether the writers can commit; for readiness.
     pub fn health(&self) -> Health {
-        self.writers.health()
+        self.writers.health().with(self.storing.is_away())
     }
 
     /// The broker's metrics, for a live view in the same process.
@@ -177,8 +215,12 @@ impl Broker {
         if ended.is_err() {
             tracing::warn!("some connections did not end in time");
         }
+        self.keeping_time.abort();
+        // What holds the way to the writers and the store must be gone, for them to end.
+        let _ = self.keeping_time.await;
         drop(self.shared);
         self.writers.stop(STOP_WITHIN).await;
+        self.storing.stop(STOP_WITHIN).await;
         self.events.stop().await;
     }
 }

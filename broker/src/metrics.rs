@@ -27,6 +27,10 @@ pub struct Metrics {
     pub subscriptions: IntGauge,
     /// Retained messages held.
     pub retained: IntGauge,
+    /// Sessions that outlive their connections.
+    pub sessions: IntGauge,
+    /// Messages put into the queues of such sessions.
+    pub queued_for_sessions: IntCounter,
     /// A bound was hit, by which.
     pub limits: IntCounterVec,
     /// Messages waiting for the writers.
@@ -72,8 +76,16 @@ pub(crate) enum Limit {
     OutboxDropped,
     /// `mqtt.outbox_messages` or `mqtt.outbox_bytes`, QoS 1: connection ended
     OutboxFull,
-    /// `mqtt.max_retained`
+    /// `mqtt.max_retained` or `mqtt.max_retained_bytes`
     Retained,
+    /// `sessions.max`
+    Sessions,
+    /// `sessions.queue_messages` or `sessions.queue_bytes`: a message did not reach a session
+    SessionQueue,
+    /// `sessions.queue_age_s`, or the message's own expiry: it was deleted from the queue of a session
+    SessionAge,
+    /// `sessions.store_queue_ops` or `sessions.store_queue_bytes`: the socket was not read for a while
+    StoreQueue,
     /// `mqtt.connect_timeout_ms`
     ConnectTimeout,
     /// `admission.max_authentications`
@@ -91,7 +103,7 @@ pub(crate) enum Limit {
 }
 
 impl Limit {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 18] = [
         Self::Connections,
         Self::PacketBytes,
         Self::ReceiveMaximum,
@@ -99,6 +111,10 @@ impl Limit {
         Self::OutboxDropped,
         Self::OutboxFull,
         Self::Retained,
+        Self::Sessions,
+        Self::SessionQueue,
+        Self::SessionAge,
+        Self::StoreQueue,
         Self::ConnectTimeout,
         Self::Authentications,
         Self::AuthenticationTimeout,
@@ -117,6 +133,10 @@ impl Limit {
             Self::OutboxDropped => "outbox_dropped",
             Self::OutboxFull => "outbox_full",
             Self::Retained => "retained",
+            Self::Sessions => "sessions",
+            Self::SessionQueue => "session_queue",
+            Self::SessionAge => "session_age",
+            Self::StoreQueue => "store_queue",
             Self::ConnectTimeout => "connect_timeout",
             Self::Authentications => "authentications",
             Self::AuthenticationTimeout => "authentication_timeout",
@@ -151,6 +171,11 @@ impl Metrics {
             denied: counters("muster_mqtt_denied_total", "Refused by the topic rules, by action", "action")?,
             subscriptions: IntGauge::new("muster_mqtt_subscriptions", "Subscriptions held")?,
             retained: IntGauge::new("muster_mqtt_retained_messages", "Retained messages held")?,
+            sessions: IntGauge::new("muster_mqtt_sessions", "Sessions that outlive their connections")?,
+            queued_for_sessions: IntCounter::new(
+                "muster_mqtt_session_messages_total",
+                "Messages put into the queues of sessions that outlive their connections",
+            )?,
             limits: counters("muster_mqtt_limit_hits_total", "Times a bound was hit, by bound", "limit")?,
             queued: IntGauge::new("muster_ingest_queue_messages", "Messages waiting for the writers")?,
             committed: counters("muster_ingest_committed_total", "Messages committed, by kind", "kind")?,
@@ -201,6 +226,8 @@ impl Metrics {
         registry.register(Box::new(self.denied.clone()))?;
         registry.register(Box::new(self.subscriptions.clone()))?;
         registry.register(Box::new(self.retained.clone()))?;
+        registry.register(Box::new(self.sessions.clone()))?;
+        registry.register(Box::new(self.queued_for_sessions.clone()))?;
         registry.register(Box::new(self.limits.clone()))?;
         registry.register(Box::new(self.queued.clone()))?;
         registry.register(Box::new(self.committed.clone()))?;
@@ -229,6 +256,11 @@ impl Metrics {
             self.denied.with_label_values(&[action]);
         }
         self.connects.with_label_values(&[Reason::Success.text()]);
+    }
+
+    /// Counts that a bound was hit that many times.
+    pub(crate) fn hit_many(&self, limit: Limit, times: i64) {
+        self.limits.with_label_values(&[limit.label()]).inc_by(times.unsigned_abs());
     }
 
     /// Counts that a bound was hit.

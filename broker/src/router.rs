@@ -1,49 +1,84 @@
-//! Who receives what: the subscription tree, and the retained messages.
+//! Who receives what: the subscription tree.
 //!
 //! Holds: the cost of a publish follows the levels of its topic and the subscribers that match, never the number of
 //! filters or devices. A client with overlapping subscriptions receives a message once, at the highest QoS it asked
-//! for and with every subscription id that matched (MQTT 5 §3.3.4).
+//! for and with every subscription id that matched (MQTT 5 §3.3.4); of a shared subscription one member receives it
+//! (§4.8.2), a connected one before one that is away.
+//! Clean sessions are served at once. What a durable session gets at QoS 1 or 2 comes back as [`Target`]s: it is for
+//! `store.rs` to keep first.
 //! Ignorant of: who may subscribe; `access.rs` has decided.
-//! Retained messages live in memory: they do not outlive the process yet.
 
-use std::collections::{BTreeMap, HashMap};
-use std::ops::Bound;
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use bytestring::ByteString;
-use fleet_core::topic;
+use fleet_core::policy::Guard;
 use parking_lot::RwLock;
 
-use crate::metrics::{Limit, Metrics};
-use crate::session::{Delivery, Mailbox};
+use crate::mailbox::{Delivery, Mailbox};
+use crate::metrics::Metrics;
+use crate::session::{Durable, SubscriberId, Subscription};
 use crate::wire::{Publish, QoS};
 
-/// One subscription of one connection.
+/// Where a subscriber's messages go.
+#[derive(Debug, Clone)]
+pub(crate) enum Recipient {
+    /// To a connection whose session ends with it.
+    Connection(Arc<Mailbox>),
+    /// To a session that its client finds again.
+    Durable(Arc<Durable>),
+}
+
+/// One subscription of one session.
 #[derive(Debug, Clone)]
 pub(crate) struct Subscriber {
-    /// The connection; a client has one.
-    pub(crate) connection: u64,
-    pub(crate) mailbox: Arc<Mailbox>,
-    /// The most it asked for.
-    pub(crate) qos: QoS,
-    /// Not its own messages (MQTT 5 §3.8.3.1).
-    pub(crate) no_local: bool,
-    /// Keep the RETAIN flag of live messages (MQTT 5 §3.8.3.1).
-    pub(crate) retain_as_published: bool,
-    pub(crate) subscription_id: Option<u32>,
+    /// The session; a client has one.
+    pub(crate) id: SubscriberId,
+    pub(crate) to: Recipient,
+    pub(crate) options: Subscription,
+    /// What of it must not be received after all; nearly always nothing.
+    pub(crate) guard: Option<Guard>,
 }
 
-/// The subscription tree and the retained messages; cloning shares them.
+/// A copy of a message that a durable session is to get once it is stored.
+#[derive(Debug, Clone)]
+pub(crate) struct Target {
+    pub(crate) session: Arc<Durable>,
+    /// At least 1.
+    pub(crate) qos: QoS,
+    pub(crate) retain: bool,
+    pub(crate) subscription_ids: Vec<u32>,
+}
+
+/// What a publish came to.
+#[derive(Debug)]
+pub(crate) struct Routed {
+    /// Whether anybody subscribes.
+    pub(crate) matched: bool,
+    /// Who gets it once it is stored.
+    pub(crate) targets: Vec<Target>,
+}
+
+/// A shared subscription: `$share/{group}/{filter}`.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct GroupKey {
+    pub(crate) group: Box<str>,
+    pub(crate) filter: Box<str>,
+}
+
+impl GroupKey {
+    /// The parts of a shared subscription; `None` when it is an ordinary one.
+    pub(crate) fn parse(filter: &str) -> Option<Self> {
+        let (group, filter) = filter.strip_prefix("$share/")?.split_once('/')?;
+        Some(Self { group: group.into(), filter: filter.into() })
+    }
+}
+
+/// The subscription tree; cloning shares it.
 #[derive(Clone)]
 pub(crate) struct Router {
-    shared: Arc<Shared>,
-}
-
-struct Shared {
-    tree: RwLock<Node>,
-    retained: RwLock<BTreeMap<ByteString, Delivery>>,
-    max_retained: usize,
+    tree: Arc<RwLock<Node>>,
     metrics: Metrics,
 }
 
@@ -57,42 +92,58 @@ struct Node {
     here: Vec<Subscriber>,
     /// Filters that end with `#` here.
     below: Vec<Subscriber>,
+    /// Shared subscriptions of both kinds.
+    groups: Option<Box<Groups>>,
+}
+
+#[derive(Debug, Default)]
+struct Groups {
+    here: Vec<Group>,
+    below: Vec<Group>,
+}
+
+#[derive(Debug)]
+struct Group {
+    key: Arc<GroupKey>,
+    members: Vec<Subscriber>,
+    turn: AtomicUsize,
 }
 
 impl Node {
     fn is_empty(&self) -> bool {
-        self.children.is_empty() && self.any.is_none() && self.here.is_empty() && self.below.is_empty()
+        self.children.is_empty()
+            && self.any.is_none()
+            && self.here.is_empty()
+            && self.below.is_empty()
+            && self.groups.is_none()
     }
 
-    /// The subscribers of a filter, made if there are none.
-    fn at(&mut self, filter: &str) -> &mut Vec<Subscriber> {
+    /// Goes to where a filter ends, making the way, and does something there. The flag: whether it ends with `#`.
+    fn at<T>(&mut self, filter: &str, change: impl FnOnce(&mut Self, bool) -> T) -> T {
         let mut node = self;
         for level in filter.split('/') {
             match level {
-                "#" => return &mut node.below,
+                "#" => return change(node, true),
                 "+" => node = node.any.get_or_insert_default(),
                 name => node = node.children.entry(name.into()).or_default(),
             }
         }
-        &mut node.here
+        change(node, false)
     }
 
-    /// Removes a connection's subscription and the nodes it leaves empty; `true` when there was one.
-    fn remove(&mut self, filter: &str, connection: u64) -> bool {
+    /// Goes to where a filter ends, if there is such a place, does something there, and removes the nodes that this
+    /// leaves empty.
+    fn leave(&mut self, filter: &str, change: impl FnOnce(&mut Self, bool) -> bool) -> bool {
         let (level, rest) = filter.split_once('/').map_or((filter, None), |(level, rest)| (level, Some(rest)));
         if level == "#" {
-            return remove_from(&mut self.below, connection);
+            return change(self, true);
         }
-        let Some(child) = (if level == "+" {
-            self.any.as_deref_mut()
-        } else {
-            self.children.get_mut(level).map(|child| &mut **child)
-        }) else {
-            return false;
-        };
-        let removed = match rest {
-            Some(rest) => child.remove(rest, connection),
-            None => remove_from(&mut child.here, connection),
+        let child =
+            if level == "+" { self.any.as_deref_mut() } else { self.children.get_mut(level).map(|child| &mut **child) };
+        let Some(child) = child else { return false };
+        let changed = match rest {
+            Some(rest) => child.leave(rest, change),
+            None => change(child, false),
         };
         if child.is_empty() {
             if level == "+" {
@@ -101,18 +152,51 @@ impl Node {
                 self.children.remove(level);
             }
         }
+        changed
+    }
+
+    fn list(&mut self, below: bool) -> &mut Vec<Subscriber> {
+        if below { &mut self.below } else { &mut self.here }
+    }
+
+    /// The members of a group that ends here, made if there is none.
+    fn members(&mut self, below: bool, key: GroupKey) -> &mut Vec<Subscriber> {
+        let groups = self.groups.get_or_insert_default();
+        let groups = if below { &mut groups.below } else { &mut groups.here };
+        let place = groups.iter().position(|group| *group.key == key).unwrap_or_else(|| {
+            groups.push(Group { key: Arc::new(key), members: Vec::new(), turn: AtomicUsize::new(0) });
+            groups.len() - 1
+        });
+        &mut groups[place].members
+    }
+
+    fn leave_group(&mut self, below: bool, key: &GroupKey, id: SubscriberId) -> bool {
+        let Some(groups) = &mut self.groups else { return false };
+        let list = if below { &mut groups.below } else { &mut groups.here };
+        let mut removed = false;
+        list.retain_mut(|group| {
+            if *group.key == *key {
+                removed |= remove_from(&mut group.members, id);
+            }
+            !group.members.is_empty()
+        });
+        if groups.here.is_empty() && groups.below.is_empty() {
+            self.groups = None;
+        }
         removed
     }
 
-    /// Visits every subscriber whose filter matches the levels. `first`: wildcards do not match a first level that
-    /// begins with `$` (MQTT 5 §4.7.2).
-    fn visit<'a>(&'a self, topic: Option<&str>, first: bool, found: &mut impl FnMut(&'a Subscriber)) {
+    /// Visits everything whose filter matches the levels. `first`: wildcards do not match a first level that begins
+    /// with `$` (MQTT 5 §4.7.2).
+    fn visit<'a>(&'a self, topic: Option<&str>, first: bool, found: &mut Found<'a>) {
         let wildcards = !(first && topic.is_some_and(|topic| topic.starts_with('$')));
         if wildcards {
-            self.below.iter().for_each(&mut *found);
+            found.each.extend(&self.below);
+            found.groups.extend(self.groups.iter().flat_map(|groups| &groups.below));
         }
         let Some(topic) = topic else {
-            self.here.iter().for_each(found);
+            found.each.extend(&self.here);
+            found.groups.extend(self.groups.iter().flat_map(|groups| &groups.here));
             return;
         };
         let (level, rest) = topic.split_once('/').map_or((topic, None), |(level, rest)| (level, Some(rest)));
@@ -125,121 +209,184 @@ impl Node {
     }
 }
 
-fn remove_from(subscribers: &mut Vec<Subscriber>, connection: u64) -> bool {
+/// What matches a topic.
+#[derive(Default)]
+struct Found<'a> {
+    each: Vec<&'a Subscriber>,
+    groups: Vec<&'a Group>,
+}
+
+impl Group {
+    /// Whose turn it is: a connected member that keeps up, else one that is connected, else one that will come back.
+    fn choose(&self, topic: &str, except: Option<SubscriberId>) -> Option<&Subscriber> {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let in_turn = || {
+            let (before, after) = self.members.split_at(turn % self.members.len().max(1));
+            let may = |member: &&Subscriber| Some(member.id) != except && member.may_have(topic);
+            after.iter().chain(before).filter(may)
+        };
+        in_turn()
+            .find(|member| member.is_relaxed())
+            .or_else(|| in_turn().find(|member| member.is_connected()))
+            .or_else(|| in_turn().next())
+    }
+}
+
+impl Subscriber {
+    fn is_relaxed(&self) -> bool {
+        match &self.to {
+            Recipient::Connection(mailbox) => mailbox.is_relaxed(),
+            Recipient::Durable(session) => session.is_relaxed(),
+        }
+    }
+
+    fn may_have(&self, topic: &str) -> bool {
+        self.guard.as_ref().is_none_or(|guard| guard.allows(topic))
+    }
+
+    fn is_connected(&self) -> bool {
+        match &self.to {
+            Recipient::Connection(_) => true,
+            Recipient::Durable(session) => session.mailbox().is_some(),
+        }
+    }
+}
+
+fn remove_from(subscribers: &mut Vec<Subscriber>, id: SubscriberId) -> bool {
     let before = subscribers.len();
-    subscribers.retain(|subscriber| subscriber.connection != connection);
+    subscribers.retain(|subscriber| subscriber.id != id);
     subscribers.len() < before
 }
 
-/// What a publish came to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Routed {
-    /// Left for at least one subscriber.
-    Delivered,
-    /// Nobody subscribes.
-    NoSubscriber,
-}
-
-/// The bound of retained messages is hit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct TooManyRetained;
-
 impl Router {
-    pub(crate) fn new(max_retained: usize, metrics: Metrics) -> Self {
-        let shared = Shared { tree: RwLock::default(), retained: RwLock::default(), max_retained, metrics };
-        Self { shared: Arc::new(shared) }
+    pub(crate) fn new(metrics: Metrics) -> Self {
+        Self { tree: Arc::default(), metrics }
     }
 
     /// Adds a subscription or replaces the one with the same filter; `true` when it is new.
     pub(crate) fn subscribe(&self, filter: &str, subscriber: Subscriber) -> bool {
-        let mut tree = self.shared.tree.write();
-        let held = tree.at(filter);
-        let is_new = !remove_from(held, subscriber.connection);
-        held.push(subscriber);
+        let mut tree = self.tree.write();
+        let enter = |members: &mut Vec<Subscriber>| {
+            let is_new = !remove_from(members, subscriber.id);
+            members.push(subscriber);
+            is_new
+        };
+        let is_new = match GroupKey::parse(filter) {
+            None => tree.at(filter, |node, below| enter(node.list(below))),
+            Some(key) => {
+                let filter = key.filter.clone();
+                tree.at(&filter, |node, below| enter(node.members(below, key)))
+            }
+        };
         drop(tree);
         if is_new {
-            self.shared.metrics.subscriptions.inc();
+            self.metrics.subscriptions.inc();
         }
         is_new
     }
 
     /// Ends a subscription; `true` when there was one.
-    pub(crate) fn unsubscribe(&self, filter: &str, connection: u64) -> bool {
-        let removed = self.shared.tree.write().remove(filter, connection);
+    pub(crate) fn unsubscribe(&self, filter: &str, id: SubscriberId) -> bool {
+        let mut tree = self.tree.write();
+        let removed = match GroupKey::parse(filter) {
+            None => tree.leave(filter, |node, below| remove_from(node.list(below), id)),
+            Some(key) => tree.leave(&key.filter, |node, below| node.leave_group(below, &key, id)),
+        };
+        drop(tree);
         if removed {
-            self.shared.metrics.subscriptions.dec();
+            self.metrics.subscriptions.dec();
         }
         removed
     }
 
-    /// Leaves a message with everybody whose subscription matches; `from` is the connection it came by.
-    pub(crate) fn publish(&self, publish: &Publish, from: Option<u64>) -> Routed {
-        let tree = self.shared.tree.read();
-        let mut matching: Vec<&Subscriber> = Vec::new();
-        tree.visit(Some(&publish.topic), true, &mut |subscriber: &Subscriber| {
-            if !(subscriber.no_local && Some(subscriber.connection) == from) {
-                matching.push(subscriber);
-            }
+    /// Leaves a message with every clean session whose subscription matches, and tells which durable ones are to get
+    /// it; `from` is the session it came from.
+    pub(crate) fn publish(&self, publish: &Publish, from: Option<SubscriberId>) -> Routed {
+        let tree = self.tree.read();
+        let mut found = Found::default();
+        tree.visit(Some(&publish.topic), true, &mut found);
+        let Found { mut each, groups } = found;
+        each.retain(|subscriber| {
+            !(subscriber.options.no_local && Some(subscriber.id) == from) && subscriber.may_have(&publish.topic)
         });
-        if matching.is_empty() {
-            return Routed::NoSubscriber;
+        let mut routed = Routed { matched: !each.is_empty() || !groups.is_empty(), targets: Vec::new() };
+        if !routed.matched {
+            return routed;
         }
-        matching.sort_by_key(|subscriber| subscriber.connection);
         let accepted = Instant::now();
-        for same in matching.chunk_by(|a, b| a.connection == b.connection) {
-            same[0].mailbox.deliver(Delivery { publish: for_subscriber(publish, same), accepted });
+        each.sort_by_key(|subscriber| subscriber.id);
+        for same in each.chunk_by(|a, b| a.id == b.id) {
+            let delivery = Delivery::new(for_subscriber(publish, same), accepted);
+            routed.targets.extend(leave_with(same[0], delivery));
         }
-        Routed::Delivered
+        for group in groups {
+            routed.targets.extend(share(group, publish, accepted, None));
+        }
+        routed
     }
 
-    /// Keeps or, with an empty payload, forgets the retained message of a topic (MQTT 5 §3.3.1.3).
-    ///
-    /// # Errors
-    /// [`TooManyRetained`] when a new topic would pass `mqtt.max_retained`.
-    pub(crate) fn retain(&self, publish: &Publish) -> Result<(), TooManyRetained> {
-        let mut retained = self.shared.retained.write();
-        if publish.payload.is_empty() {
-            retained.remove(&publish.topic);
-        } else if retained.len() >= self.shared.max_retained && !retained.contains_key(&publish.topic) {
-            self.shared.metrics.hit(Limit::Retained);
-            return Err(TooManyRetained);
-        } else {
-            let publish = Publish { packet_id: None, dup: false, ..publish.clone() };
-            retained.insert(publish.topic.clone(), Delivery { publish, accepted: Instant::now() });
-        }
-        self.shared.metrics.retained.set(i64::try_from(retained.len()).unwrap_or(i64::MAX));
-        Ok(())
+    /// Hands a message of a shared subscription to another member, since `from` can take it no more; `None` when there
+    /// is nobody, or it has been left with a clean session.
+    pub(crate) fn hand_on(&self, key: &GroupKey, delivery: &Delivery, from: SubscriberId) -> Option<Target> {
+        let mut tree = self.tree.write();
+        let mut target = None;
+        tree.leave(&key.filter, |node, below| {
+            let groups = node.groups.iter().flat_map(|groups| if below { &groups.below } else { &groups.here });
+            for group in groups.filter(|group| *group.key == *key) {
+                target = share(group, &delivery.publish, delivery.accepted, Some(from));
+            }
+            false
+        });
+        target
     }
+}
 
-    /// Leaves the retained messages that match a new subscription with its subscriber.
-    pub(crate) fn deliver_retained(&self, filter: &str, subscriber: &Subscriber) {
-        let retained = self.shared.retained.read();
-        let literal = filter.find(['+', '#']).map_or(filter, |wildcard| &filter[..wildcard]);
-        // `a/#` also matches `a`, which sorts before the literal prefix `a/`.
-        let literal = literal.strip_suffix('/').unwrap_or(literal);
-        let from = (Bound::Included(literal), Bound::Unbounded);
-        let matching = retained
-            .range::<str, _>(from)
-            .take_while(|(topic, _)| topic.starts_with(literal))
-            .filter(|(topic, _)| topic::matches(filter, topic));
-        for (_, kept) in matching {
-            let mut publish = for_subscriber(&kept.publish, &[subscriber]);
-            publish.retain = true;
-            subscriber.mailbox.deliver(Delivery { publish, accepted: kept.accepted });
+fn share(group: &Group, publish: &Publish, accepted: Instant, except: Option<SubscriberId>) -> Option<Target> {
+    let member = group.choose(&publish.topic, except)?;
+    let mut delivery = Delivery::new(for_subscriber(publish, &[member]), accepted);
+    if delivery.publish.qos > QoS::AtMostOnce {
+        delivery.group = Some(group.key.clone());
+    }
+    leave_with(member, delivery)
+}
+
+/// Leaves a message with a clean session, and at QoS 0 with a durable one; else it has to be stored first.
+fn leave_with(subscriber: &Subscriber, delivery: Delivery) -> Option<Target> {
+    match &subscriber.to {
+        Recipient::Connection(mailbox) => mailbox.deliver(delivery),
+        Recipient::Durable(session) if delivery.publish.qos == QoS::AtMostOnce => {
+            if let Some(mailbox) = session.mailbox() {
+                mailbox.deliver(delivery);
+            }
+        }
+        Recipient::Durable(session) => {
+            let Publish { qos, retain, subscription_ids, .. } = delivery.publish;
+            return Some(Target { session: session.clone(), qos, retain, subscription_ids });
         }
     }
+    None
 }
 
 /// The message as one client receives it: the QoS is the lower of what was sent and the highest it asked for.
 fn for_subscriber(publish: &Publish, subscriptions: &[&Subscriber]) -> Publish {
-    let asked = subscriptions.iter().map(|subscriber| subscriber.qos).max().unwrap_or(QoS::AtMostOnce);
+    let asked = subscriptions.iter().map(|subscriber| subscriber.options.qos).max().unwrap_or(QoS::AtMostOnce);
     Publish {
         qos: publish.qos.min(asked),
         packet_id: None,
         dup: false,
-        retain: publish.retain && subscriptions.iter().any(|subscriber| subscriber.retain_as_published),
+        retain: publish.retain && subscriptions.iter().any(|subscriber| subscriber.options.retain_as_published),
         topic_alias: None,
-        subscription_ids: subscriptions.iter().filter_map(|subscriber| subscriber.subscription_id).collect(),
+        subscription_ids: subscriptions.iter().filter_map(|subscriber| subscriber.options.id).collect(),
+        ..publish.clone()
+    }
+}
+
+/// A retained message as a new subscription gets it (MQTT 5 §3.3.1.3).
+pub(crate) fn retained_for(publish: &Publish, options: Subscription) -> Publish {
+    Publish {
+        qos: publish.qos.min(options.qos),
+        retain: true,
+        subscription_ids: options.id.into_iter().collect(),
         ..publish.clone()
     }
 }
@@ -247,43 +394,41 @@ fn for_subscriber(publish: &Publish, subscriptions: &[&Subscriber]) -> Publish {
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
+    use fleet_core::topic;
     use proptest::prelude::*;
 
     use super::*;
 
-    fn router(max_retained: usize) -> (Router, Metrics) {
+    const ASKED: Subscription =
+        Subscription { qos: QoS::AtLeastOnce, no_local: false, retain_as_published: false, id: None };
+
+    fn router() -> (Router, Metrics) {
         let metrics = Metrics::new(&prometheus::Registry::new()).unwrap();
-        (Router::new(max_retained, metrics.clone()), metrics)
+        (Router::new(metrics.clone()), metrics)
     }
 
-    fn subscriber(connection: u64, metrics: &Metrics) -> Subscriber {
-        Subscriber {
-            connection,
-            mailbox: Mailbox::new(1000, 1 << 20, metrics.clone()),
-            qos: QoS::AtLeastOnce,
-            no_local: false,
-            retain_as_published: false,
-            subscription_id: None,
-        }
+    fn subscriber(id: SubscriberId, metrics: &Metrics, options: Subscription) -> (Subscriber, Arc<Mailbox>) {
+        let mailbox = Mailbox::new(1000, 1 << 20, metrics.clone());
+        (Subscriber { id, to: Recipient::Connection(mailbox.clone()), options, guard: None }, mailbox)
     }
 
-    fn message(topic: &str, payload: &'static str) -> Publish {
-        Publish::new(topic.into(), Bytes::from_static(payload.as_bytes()), QoS::AtLeastOnce, false)
+    fn message(topic: &str) -> Publish {
+        Publish::new(topic.into(), Bytes::from_static(b"x"), QoS::AtLeastOnce, false)
     }
 
-    fn received(subscriber: &Subscriber) -> Vec<Publish> {
-        std::iter::from_fn(|| subscriber.mailbox.take_delivery()).map(|delivery| delivery.publish).collect()
+    fn received(mailbox: &Mailbox) -> Vec<Publish> {
+        std::iter::from_fn(|| mailbox.take_delivery()).map(|delivery| delivery.publish).collect()
     }
 
     #[test]
     fn overlapping_subscriptions_receive_once_at_the_highest_qos_with_every_id() {
-        let (router, metrics) = router(10);
-        let all = Subscriber { qos: QoS::AtMostOnce, subscription_id: Some(1), ..subscriber(1, &metrics) };
-        let one = Subscriber { subscription_id: Some(2), ..all.clone() };
-        router.subscribe("a/#", all.clone());
-        router.subscribe("a/+", Subscriber { qos: QoS::AtLeastOnce, ..one });
-        assert_eq!(router.publish(&message("a/b", "x"), None), Routed::Delivered);
-        let [publish] = &received(&all)[..] else { panic!("expected one message") };
+        let (router, metrics) = router();
+        let (all, mailbox) = subscriber(1, &metrics, Subscription { qos: QoS::AtMostOnce, id: Some(1), ..ASKED });
+        let one = Subscriber { options: Subscription { id: Some(2), ..ASKED }, ..all.clone() };
+        router.subscribe("a/#", all);
+        router.subscribe("a/+", one);
+        assert!(router.publish(&message("a/b"), None).matched);
+        let [publish] = &received(&mailbox)[..] else { panic!("expected one message") };
         assert_eq!(publish.qos, QoS::AtLeastOnce);
         let mut ids = publish.subscription_ids.clone();
         ids.sort_unstable();
@@ -292,53 +437,60 @@ mod tests {
 
     #[test]
     fn no_local_spares_the_sender_only() {
-        let (router, metrics) = router(10);
-        let own = Subscriber { no_local: true, ..subscriber(1, &metrics) };
-        let other = Subscriber { no_local: true, ..subscriber(2, &metrics) };
-        router.subscribe("a", own.clone());
-        router.subscribe("a", other.clone());
-        router.publish(&message("a", "x"), Some(1));
-        assert_eq!((received(&own).len(), received(&other).len()), (0, 1));
+        let (router, metrics) = router();
+        let (own, own_mailbox) = subscriber(1, &metrics, Subscription { no_local: true, ..ASKED });
+        let (other, other_mailbox) = subscriber(2, &metrics, Subscription { no_local: true, ..ASKED });
+        router.subscribe("a", own);
+        router.subscribe("a", other);
+        router.publish(&message("a"), Some(1));
+        assert_eq!((received(&own_mailbox).len(), received(&other_mailbox).len()), (0, 1));
     }
 
     #[test]
     fn an_unsubscribed_filter_leaves_nothing_behind() {
-        let (router, metrics) = router(10);
-        for filter in ["a/b/c", "a/+/c", "a/#", "#"] {
-            router.subscribe(filter, subscriber(1, &metrics));
-            assert!(!router.unsubscribe(filter, 2), "another connection's subscription is not touched");
+        let (router, metrics) = router();
+        for filter in ["a/b/c", "a/+/c", "a/#", "#", "$share/g/a/b", "$share/g/a/#", "$share/g/#"] {
+            router.subscribe(filter, subscriber(1, &metrics, ASKED).0);
+            assert!(!router.unsubscribe(filter, 2), "another client's subscription is not touched");
             assert!(router.unsubscribe(filter, 1));
             assert!(!router.unsubscribe(filter, 1));
         }
-        assert!(router.shared.tree.read().is_empty());
+        assert!(router.tree.read().is_empty());
         assert_eq!(metrics.subscriptions.get(), 0);
     }
 
     #[test]
-    fn a_retained_message_waits_for_its_subscriber_until_it_is_forgotten() {
-        let (router, metrics) = router(10);
-        let retained = Publish { retain: true, ..message("a/b", "kept") };
-        router.retain(&retained).unwrap();
-        for (filter, expected) in [("a/b", 1), ("a/#", 1), ("a/b/#", 1), ("+/b", 1), ("#", 1), ("a", 0), ("a/+/c", 0)] {
-            let late = subscriber(1, &metrics);
-            router.deliver_retained(filter, &late);
-            let got = received(&late);
-            assert_eq!(got.len(), expected, "{filter}");
-            assert!(got.iter().all(|publish| publish.retain));
+    fn a_group_takes_turns_and_each_group_gets_its_own() {
+        let (router, metrics) = router();
+        let (first, first_mailbox) = subscriber(1, &metrics, ASKED);
+        let (second, second_mailbox) = subscriber(2, &metrics, ASKED);
+        let (other, other_mailbox) = subscriber(3, &metrics, ASKED);
+        router.subscribe("$share/g/a/+", first.clone());
+        router.subscribe("$share/g/a/+", second);
+        router.subscribe("$share/h/a/+", other);
+        router.subscribe("a/b", first);
+        for _ in 0..10 {
+            assert!(router.publish(&message("a/b"), None).matched);
         }
-        router.retain(&Publish { retain: true, ..message("a/b", "") }).unwrap();
-        let late = subscriber(1, &metrics);
-        router.deliver_retained("#", &late);
-        assert!(received(&late).is_empty());
+        assert_eq!(received(&first_mailbox).len(), 10 + 5, "its own subscription, and its turns");
+        assert_eq!(received(&second_mailbox).len(), 5);
+        assert_eq!(received(&other_mailbox).len(), 10);
     }
 
     #[test]
-    fn retained_messages_are_bounded() {
-        let (router, metrics) = router(1);
-        router.retain(&message("a", "x")).unwrap();
-        router.retain(&message("a", "y")).unwrap();
-        assert_eq!(router.retain(&message("b", "x")), Err(TooManyRetained));
-        assert_eq!(metrics.limits.with_label_values(&["retained"]).get(), 1);
+    fn what_a_member_cannot_take_goes_to_another() {
+        let (router, metrics) = router();
+        let (first, first_mailbox) = subscriber(1, &metrics, ASKED);
+        router.subscribe("$share/g/#", first);
+        router.publish(&message("a"), None);
+        let delivery = first_mailbox.take_delivery().unwrap();
+        let key = delivery.group.clone().unwrap();
+        assert!(router.hand_on(&key, &delivery, 1).is_none(), "there is nobody else");
+        let (second, second_mailbox) = subscriber(2, &metrics, ASKED);
+        router.subscribe("$share/g/#", second);
+        assert!(router.hand_on(&key, &delivery, 1).is_none());
+        assert_eq!(received(&second_mailbox).len(), 1);
+        assert!(received(&first_mailbox).is_empty());
     }
 
     fn filter() -> impl Strategy<Value = String> {
@@ -356,17 +508,25 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_tree_agrees_with_the_definition(filters in prop::collection::vec(filter(), 1..12), name in name()) {
-            let (router, metrics) = router(10);
-            let subscribers: Vec<_> = (0..).zip(&filters).map(|(n, filter)| {
-                let subscriber = subscriber(n, &metrics);
-                router.subscribe(filter, subscriber.clone());
-                subscriber
+        fn the_tree_agrees_with_the_definition(
+            filters in prop::collection::vec((filter(), any::<bool>()), 1..12),
+            name in name(),
+        ) {
+            let (router, metrics) = router();
+            let subscribers: Vec<_> = (0..).zip(&filters).map(|(n, (filter, shared))| {
+                let (subscriber, mailbox) = subscriber(n, &metrics, ASKED);
+                let shared = if *shared { format!("$share/g{n}/{filter}") } else { filter.clone() };
+                router.subscribe(&shared, subscriber);
+                (shared, mailbox)
             }).collect();
-            router.publish(&message(&name, "x"), None);
-            for (filter, subscriber) in filters.iter().zip(&subscribers) {
-                prop_assert_eq!(received(subscriber).len(), usize::from(topic::matches(filter, &name)), "{} {}", filter, name);
+            router.publish(&message(&name), None);
+            for ((filter, _), (asked, mailbox)) in filters.iter().zip(&subscribers) {
+                prop_assert_eq!(received(mailbox).len(), usize::from(topic::matches(filter, &name)), "{} {}", asked, name);
             }
+            for (n, (asked, _)) in (0..).zip(&subscribers) {
+                prop_assert!(router.unsubscribe(asked, n));
+            }
+            prop_assert!(router.tree.read().is_empty());
         }
     }
 }

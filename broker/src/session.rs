@@ -1,209 +1,191 @@
-//! What belongs to a client rather than to its socket: its mailbox, its messages in flight, its place among
-//! the sessions.
+//! What outlives a connection: who holds a client id, and the sessions that clients find again.
 //!
-//! Holds: one live connection for a client id of a principal (MQTT 5 §3.1.4-3); a mailbox is bounded in count and
-//! bytes, and what does not fit is never silently lost at QoS 1: the session ends and the client is told.
-//! Every session ends with its connection for now; what must outlive one hangs on [`Mailbox`] and [`Inflight`].
+//! Holds: one live connection for a client id of a principal (MQTT 5 §3.1.4-3). A [`Durable`] session is in the
+//! database before its client is told that it exists, and what waits in it is changed by `store.rs` alone, in order.
+//! A clean session is a connection and nothing more: it costs nothing here but its place among the live ones.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use bytestring::ByteString;
+use fleet_core::config;
+use fleet_core::id::SessionId;
+use fleet_core::policy::Principal;
+use fleet_core::session::{Expired, NEVER, Stored};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::time::{Duration, Instant};
 
-use crate::metrics::{Limit, Metrics};
-use crate::wire::{PacketId, Publish, QoS, Reason};
+use crate::mailbox::{Close, Mailbox};
+use crate::will::Will;
 
 /// Names a session: the principal and its client id. Two principals may use the same client id.
-pub(crate) type SessionKey = Arc<str>;
+pub(crate) type SessionName = Arc<str>;
 
-/// Why the broker closes a connection from outside of it.
+/// Names a subscriber in the router: a connection's number, or a durable session's, which lies above all those.
+pub(crate) type SubscriberId = u64;
+
+/// Durable sessions are numbered from here.
+const FIRST_DURABLE: SubscriberId = 1 << 63;
+
+/// One subscription of a session, as it was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Close {
-    /// Another connection took the session over.
-    TakenOver,
-    /// The mailbox is full at QoS 1.
-    QuotaExceeded,
-    /// The database would not keep a message, so it cannot be acknowledged.
-    NotStored,
-    /// The broker stops: what is pending is acknowledged first.
-    ShuttingDown,
+pub(crate) struct Subscription {
+    pub(crate) qos: crate::wire::QoS,
+    pub(crate) no_local: bool,
+    pub(crate) retain_as_published: bool,
+    /// Subscription Identifier (MQTT 5 §3.8.2.1.2).
+    pub(crate) id: Option<u32>,
 }
 
-impl Close {
-    /// What an MQTT 5 client is told.
-    pub(crate) fn reason(self) -> (Reason, &'static str) {
-        match self {
-            Self::TakenOver => (Reason::SessionTakenOver, "another connection uses this client id"),
-            Self::QuotaExceeded => (Reason::QuotaExceeded, "too many messages are waiting for this client"),
-            Self::NotStored => (Reason::UnspecifiedError, "a message could not be stored"),
-            Self::ShuttingDown => (Reason::ServerShuttingDown, "the server is shutting down"),
-        }
-    }
-}
-
-/// A message on its way to one client.
-#[derive(Debug, Clone)]
-pub(crate) struct Delivery {
-    /// What to send; QoS, retain and subscription ids are those of this delivery.
-    pub(crate) publish: Publish,
-    /// When it was accepted, for Message Expiry (MQTT 5 §3.3.2.3.3).
-    pub(crate) accepted: Instant,
-}
-
-impl Delivery {
-    /// A bound must hold for what a message costs, not only for its payload.
-    fn bytes(&self) -> usize {
-        self.publish.payload.len() + self.publish.topic.len() + 64
-    }
-
-    /// Takes the time it waited off its expiry; `None` when it has expired.
-    pub(crate) fn aged(mut self) -> Option<Publish> {
-        let Some(properties) = &self.publish.properties else { return Some(self.publish) };
-        let Some(expiry_s) = properties.message_expiry_s else { return Some(self.publish) };
-        let waited_s = u32::try_from(self.accepted.elapsed().as_secs()).unwrap_or(u32::MAX);
-        // What expires at once may still be sent at once.
-        let left_s = expiry_s.checked_sub(waited_s).filter(|left_s| *left_s > 0 || waited_s == 0)?;
-        if left_s != expiry_s {
-            let mut properties = (**properties).clone();
-            properties.message_expiry_s = Some(left_s);
-            self.publish.properties = Some(Arc::new(properties));
-        }
-        Some(self.publish)
-    }
-}
-
-/// Where the rest of the broker leaves things for one connection. Bounded; never blocks the one who leaves something.
+/// A session that outlives its connections.
 #[derive(Debug)]
-pub(crate) struct Mailbox {
-    inside: Mutex<Inside>,
-    wake: Notify,
-    max_messages: usize,
-    max_bytes: usize,
-    metrics: Metrics,
+pub(crate) struct Durable {
+    pub(crate) id: SessionId,
+    pub(crate) number: SubscriberId,
+    pub(crate) name: SessionName,
+    pub(crate) owner: Principal,
+    pub(crate) client_id: ByteString,
+    state: Mutex<State>,
+    /// What waits for it; only `store.rs` changes this.
+    pub(crate) queue: Mutex<QueueState>,
 }
 
 #[derive(Debug, Default)]
-struct Inside {
-    deliveries: VecDeque<Delivery>,
-    bytes: usize,
-    settled: Vec<u64>,
-    close: Option<Close>,
+struct State {
+    /// While a client is connected.
+    mailbox: Option<Arc<Mailbox>>,
+    subscriptions: HashMap<ByteString, Subscription>,
+    /// Seconds it outlives its connection; [`NEVER`]: for ever.
+    expiry_s: u32,
+    /// A will that waits for its delay to pass.
+    will: Option<Will>,
+    /// What runs while the client is away.
+    timers: Vec<TimerKey>,
+    /// It is no more: nobody may come back to it.
+    ended: bool,
 }
 
-impl Mailbox {
-    pub(crate) fn new(max_messages: usize, max_bytes: usize, metrics: Metrics) -> Arc<Self> {
-        Arc::new(Self { inside: Mutex::default(), wake: Notify::new(), max_messages, max_bytes, metrics })
-    }
-
-    /// Leaves a message. When the mailbox is full, QoS 0 is dropped and counted; QoS 1 ends the session.
-    pub(crate) fn deliver(&self, delivery: Delivery) {
-        let mut inside = self.inside.lock();
-        if inside.close.is_some() {
-            return;
-        }
-        let bytes = delivery.bytes();
-        let full = inside.deliveries.len() >= self.max_messages || inside.bytes + bytes > self.max_bytes;
-        if full && delivery.publish.qos == QoS::AtMostOnce {
-            self.metrics.hit(Limit::OutboxDropped);
-            return;
-        }
-        if full {
-            self.metrics.hit(Limit::OutboxFull);
-            inside.close = Some(Close::QuotaExceeded);
-        } else {
-            inside.bytes += bytes;
-            inside.deliveries.push_back(delivery);
-        }
-        drop(inside);
-        self.wake.notify_one();
-    }
-
-    /// Says that what was received under this ticket is committed.
-    pub(crate) fn settle(&self, ticket: u64) {
-        self.inside.lock().settled.push(ticket);
-        self.wake.notify_one();
-    }
-
-    /// Asks the connection to end; the first reason counts.
-    pub(crate) fn close(&self, close: Close) {
-        self.inside.lock().close.get_or_insert(close);
-        self.wake.notify_one();
-    }
-
-    /// Waits until something was left since the last time.
-    pub(crate) async fn left(&self) {
-        self.wake.notified().await;
-    }
-
-    /// Takes the tickets that were settled, and whether to close.
-    pub(crate) fn take_settled(&self, into: &mut Vec<u64>) -> Option<Close> {
-        let mut inside = self.inside.lock();
-        into.append(&mut inside.settled);
-        inside.close
-    }
-
-    /// Takes the next message, if there is one.
-    pub(crate) fn take_delivery(&self) -> Option<Delivery> {
-        let mut inside = self.inside.lock();
-        let delivery = inside.deliveries.pop_front()?;
-        inside.bytes -= delivery.bytes();
-        if inside.deliveries.is_empty() {
-            // An idle client should cost nothing.
-            inside.deliveries = VecDeque::new();
-        }
-        Some(delivery)
-    }
-}
-
-/// QoS 1 messages sent and not yet acknowledged, bounded by the client's Receive Maximum (MQTT 5 §4.9).
+/// The numbers of a session's queue.
 #[derive(Debug)]
-pub(crate) struct Inflight {
-    window: u16,
-    ids: VecDeque<PacketId>,
-    last: u16,
+pub(crate) struct QueueState {
+    /// The highest place ever given.
+    pub(crate) last_offset: i64,
+    pub(crate) messages: i64,
+    pub(crate) bytes: i64,
+    /// Everything up to here was left in the mailbox of the present connection.
+    pub(crate) loaded: i64,
+    /// Whether the database has more than the mailbox was given.
+    pub(crate) behind: bool,
+    /// Everything up to here may have been sent before the present connection.
+    pub(crate) sent_to: i64,
+    /// Messages that found no room.
+    pub(crate) dropped: i64,
 }
 
-impl Inflight {
-    pub(crate) fn new(window: u16) -> Self {
-        Self { window, ids: VecDeque::new(), last: 0 }
+impl QueueState {
+    /// Nothing is handed to a client before what was there earlier has been looked for.
+    fn new() -> Self {
+        Self { last_offset: 0, messages: 0, bytes: 0, loaded: 0, behind: true, sent_to: 0, dropped: 0 }
     }
 
-    /// Whether one more may be sent.
-    pub(crate) fn has_room(&self) -> bool {
-        self.ids.len() < usize::from(self.window)
-    }
-
-    /// A packet id that is not in use (MQTT 5 §2.2.1). Call only when there [is room](Self::has_room).
-    pub(crate) fn begin(&mut self) -> PacketId {
-        loop {
-            self.last = self.last.wrapping_add(1);
-            if let Some(id) = PacketId::new(self.last)
-                && !self.ids.contains(&id)
-            {
-                self.ids.push_back(id);
-                return id;
-            }
+    /// Gives the next message a place; `false`, and counted, when there is no room for it.
+    pub(crate) fn add(&mut self, bytes: i64, settings: &config::Sessions) -> bool {
+        if self.messages >= settings.queue_messages || self.bytes + bytes > settings.queue_bytes {
+            self.dropped += 1;
+            return false;
         }
-    }
-
-    /// Ends one; `false` when no such message was in flight.
-    pub(crate) fn end(&mut self, id: PacketId) -> bool {
-        let Some(place) = self.ids.iter().position(|held| *held == id) else { return false };
-        self.ids.remove(place);
-        if self.ids.is_empty() {
-            self.ids = VecDeque::new();
-        }
+        self.last_offset += 1;
+        self.messages += 1;
+        self.bytes += bytes;
         true
     }
+
+    /// Messages have left the queue.
+    pub(crate) fn remove(&mut self, messages: i64, bytes: i64) {
+        self.messages = (self.messages - messages).max(0);
+        self.bytes = (self.bytes - bytes).max(0);
+    }
 }
 
-/// The live sessions of the broker.
+impl Durable {
+    /// The mailbox of the client, when it is connected.
+    pub(crate) fn mailbox(&self) -> Option<Arc<Mailbox>> {
+        self.state.lock().mailbox.clone()
+    }
+
+    /// Whether a client is connected that keeps up.
+    pub(crate) fn is_relaxed(&self) -> bool {
+        self.state.lock().mailbox.as_ref().is_some_and(|mailbox| mailbox.is_relaxed())
+    }
+
+    /// Notes a subscription; the one it replaces.
+    pub(crate) fn subscribe(&self, filter: &ByteString, subscription: Subscription) -> Option<Subscription> {
+        // A copy: the filter itself may be a slice of everything that was read with it.
+        self.state.lock().subscriptions.insert(ByteString::from(&**filter), subscription)
+    }
+
+    /// Forgets a subscription; `false` when there was none.
+    pub(crate) fn unsubscribe(&self, filter: &str) -> bool {
+        self.state.lock().subscriptions.remove(filter).is_some()
+    }
+
+    /// Whether this filter is subscribed to.
+    pub(crate) fn has_subscription(&self, filter: &str) -> bool {
+        self.state.lock().subscriptions.contains_key(filter)
+    }
+
+    /// How many filters are subscribed to.
+    pub(crate) fn subscription_count(&self) -> usize {
+        self.state.lock().subscriptions.len()
+    }
+
+    /// All subscriptions.
+    pub(crate) fn subscriptions(&self) -> Vec<(ByteString, Subscription)> {
+        let state = self.state.lock();
+        state.subscriptions.iter().map(|(filter, subscription)| (filter.clone(), *subscription)).collect()
+    }
+
+    /// Its connection has ended, and had sent everything up to this place: the next one begins with what is left.
+    pub(crate) fn leave_queue(&self, sent_to: i64) {
+        let mut queue = self.queue.lock();
+        queue.behind = true;
+        queue.sent_to = queue.sent_to.max(sent_to);
+    }
+
+    /// Seconds it outlives its connection; [`NEVER`]: for ever.
+    pub(crate) fn expiry_s(&self) -> u32 {
+        self.state.lock().expiry_s
+    }
+}
+
+/// Something that happens to a session whose client stays away.
+#[derive(Debug)]
+pub(crate) enum Due {
+    /// The delay of its will has passed.
+    Will(Arc<Durable>, Will),
+    /// It has outlived its connection as long as it may; with the will that was still waiting.
+    End(Arc<Durable>, Option<Will>),
+}
+
+/// When, and a number that makes it unique.
+type TimerKey = (Instant, u64);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Timer {
+    Will,
+    End,
+}
+
+/// The sessions of the broker.
 #[derive(Debug, Default)]
 pub(crate) struct Sessions {
-    live: Mutex<HashMap<SessionKey, Live>>,
+    live: Mutex<HashMap<SessionName, Live>>,
     ended: Notify,
+    durable: Mutex<HashMap<SessionName, Arc<Durable>>>,
+    numbered: AtomicU64,
+    timers: Mutex<BTreeMap<TimerKey, (Arc<Durable>, Timer)>>,
 }
 
 #[derive(Debug)]
@@ -217,16 +199,16 @@ impl Sessions {
     /// Makes this connection the one that holds the session. An earlier one is closed and waited for, so that its
     /// will is sent before anything the new one says. `false` when a later one holds it: the handshake took so long
     /// that the client has come again.
-    pub(crate) async fn enter(&self, key: &SessionKey, connection: u64, mailbox: &Arc<Mailbox>) -> bool {
+    pub(crate) async fn enter(&self, name: &SessionName, connection: u64, mailbox: &Arc<Mailbox>) -> bool {
         loop {
             let ended = self.ended.notified();
             tokio::pin!(ended);
             ended.as_mut().enable();
             {
                 let mut live = self.live.lock();
-                match live.get(key) {
+                match live.get(name) {
                     None => {
-                        live.insert(key.clone(), Live { mailbox: mailbox.clone(), connection });
+                        live.insert(name.clone(), Live { mailbox: mailbox.clone(), connection });
                         return true;
                     }
                     Some(later) if later.connection > connection => return false,
@@ -238,10 +220,10 @@ impl Sessions {
     }
 
     /// Gives the session up, after the will was sent.
-    pub(crate) fn leave(&self, key: &SessionKey, connection: u64) {
+    pub(crate) fn leave(&self, name: &SessionName, connection: u64) {
         let mut live = self.live.lock();
-        if live.get(key).is_some_and(|held| held.connection == connection) {
-            live.remove(key);
+        if live.get(name).is_some_and(|held| held.connection == connection) {
+            live.remove(name);
         }
         drop(live);
         self.ended.notify_waiters();
@@ -266,99 +248,202 @@ impl Sessions {
             ended.await;
         }
     }
+
+    // Sessions that outlive their connections
+
+    /// The durable session of that name.
+    pub(crate) fn find(&self, name: &str) -> Option<Arc<Durable>> {
+        self.durable.lock().get(name).cloned()
+    }
+
+    /// How many durable sessions there are.
+    pub(crate) fn durable_count(&self) -> usize {
+        self.durable.lock().len()
+    }
+
+    /// Makes a durable session, not yet known to the database.
+    pub(crate) fn create(&self, name: SessionName, owner: Principal, client_id: ByteString) -> Arc<Durable> {
+        let session = Arc::new(Durable {
+            id: SessionId::new(),
+            number: self.next_number(),
+            name: name.clone(),
+            owner,
+            client_id,
+            state: Mutex::default(),
+            queue: Mutex::new(QueueState::new()),
+        });
+        self.durable.lock().insert(name, session.clone());
+        session
+    }
+
+    /// Takes in a session that the database has kept.
+    pub(crate) fn restore(&self, stored: &Stored) -> Arc<Durable> {
+        let queue = QueueState {
+            last_offset: stored.last_offset,
+            messages: stored.queued,
+            bytes: stored.queued_bytes,
+            // What was connected when the broker died may have been sent anything that waited.
+            sent_to: if stored.connected { stored.last_offset } else { stored.sent_to },
+            dropped: stored.dropped,
+            ..QueueState::new()
+        };
+        let session = Arc::new(Durable {
+            id: stored.id,
+            number: self.next_number(),
+            name: stored.name.as_str().into(),
+            owner: stored.owner.clone(),
+            client_id: stored.client_id.as_str().into(),
+            state: Mutex::new(State { expiry_s: stored.expiry_s, ..State::default() }),
+            queue: Mutex::new(queue),
+        });
+        self.durable.lock().insert(session.name.clone(), session.clone());
+        session
+    }
+
+    fn next_number(&self) -> SubscriberId {
+        FIRST_DURABLE + self.numbered.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A client has come to a session: the will of last time will not be sent. `false` when the session has just ended.
+    pub(crate) fn arrive(&self, session: &Durable, mailbox: &Arc<Mailbox>, expiry_s: u32) -> bool {
+        let mut state = session.state.lock();
+        if state.ended {
+            return false;
+        }
+        state.mailbox = Some(mailbox.clone());
+        state.expiry_s = expiry_s;
+        state.will = None;
+        let timers = std::mem::take(&mut state.timers);
+        drop(state);
+        self.stop_timers(&timers);
+        true
+    }
+
+    /// The client is away: sets the timers of its will and of the session's end.
+    pub(crate) fn away(&self, session: &Arc<Durable>, expiry_s: u32, will: Option<Will>) {
+        let left = (expiry_s != NEVER).then(|| Duration::from_secs(u64::from(expiry_s)));
+        self.set_away(session, expiry_s, left, will);
+    }
+
+    /// The client has been away since before the broker started.
+    pub(crate) fn stay_away(&self, session: &Arc<Durable>, stored: &Stored, will: Option<Will>, now_ms: i64) {
+        let left =
+            stored.expires_ms.map(|at_ms| Duration::from_millis(u64::try_from(at_ms - now_ms).unwrap_or_default()));
+        self.set_away(session, stored.expiry_s, left, will);
+    }
+
+    fn set_away(&self, session: &Arc<Durable>, expiry_s: u32, left: Option<Duration>, will: Option<Will>) {
+        let now = Instant::now();
+        let will_at = will.as_ref().map(|will| now + will.delay());
+        let ends_at = left.map(|left| now + left);
+        let timers = [will_at.map(|at| (at, Timer::Will)), ends_at.map(|at| (at, Timer::End))];
+        let keys: Vec<_> = timers.into_iter().flatten().map(|(at, timer)| self.set_timer(at, session, timer)).collect();
+        let mut state = session.state.lock();
+        state.mailbox = None;
+        state.expiry_s = expiry_s;
+        state.will = will;
+        state.timers = keys;
+    }
+
+    /// Counts messages that were deleted for their age.
+    pub(crate) fn forget_messages(&self, expired: &[Expired]) {
+        if expired.is_empty() {
+            return;
+        }
+        let gone: HashMap<_, _> = expired.iter().map(|expired| (expired.session, expired)).collect();
+        for session in self.durable.lock().values() {
+            if let Some(expired) = gone.get(&session.id) {
+                session.queue.lock().remove(expired.messages, expired.bytes);
+            }
+        }
+    }
+
+    /// Forgets a session that has ended; gives the will that was still waiting.
+    pub(crate) fn forget(&self, session: &Durable) -> Option<Will> {
+        let mut durable = self.durable.lock();
+        if durable.get(&session.name).is_some_and(|held| held.id == session.id) {
+            durable.remove(&session.name);
+        }
+        drop(durable);
+        let mut state = session.state.lock();
+        state.ended = true;
+        state.mailbox = None;
+        let (will, timers) = (state.will.take(), std::mem::take(&mut state.timers));
+        drop(state);
+        self.stop_timers(&timers);
+        will
+    }
+
+    fn set_timer(&self, at: Instant, session: &Arc<Durable>, timer: Timer) -> TimerKey {
+        let key = (at, self.numbered.fetch_add(1, Ordering::Relaxed));
+        self.timers.lock().insert(key, (session.clone(), timer));
+        key
+    }
+
+    fn stop_timers(&self, keys: &[TimerKey]) {
+        let mut timers = self.timers.lock();
+        for key in keys {
+            timers.remove(key);
+        }
+    }
+
+    /// What is due by now. A session whose end is due cannot be come back to any more.
+    pub(crate) fn due(&self) -> Vec<Due> {
+        let mut due = Vec::new();
+        while let Some((key, (session, timer))) = self.next_due() {
+            let mut state = session.state.lock();
+            // Its client may have come and gone again meanwhile.
+            if !state.timers.contains(&key) {
+                continue;
+            }
+            let will = state.will.take();
+            let ends = timer == Timer::End && state.mailbox.is_none();
+            state.ended |= ends;
+            drop(state);
+            match will {
+                _ if ends => due.push(Due::End(session, will)),
+                Some(will) => due.push(Due::Will(session, will)),
+                None => {}
+            }
+        }
+        due
+    }
+
+    fn next_due(&self) -> Option<(TimerKey, (Arc<Durable>, Timer))> {
+        let mut timers = self.timers.lock();
+        if timers.first_key_value()?.0.0 > Instant::now() {
+            return None;
+        }
+        timers.pop_first()
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
-
     use super::*;
-    use crate::wire::PublishProperties;
+    use crate::metrics::Metrics;
 
-    fn mailbox(messages: usize, bytes: usize) -> (Arc<Mailbox>, Metrics) {
-        let metrics = Metrics::new(&prometheus::Registry::new()).unwrap();
-        (Mailbox::new(messages, bytes, metrics.clone()), metrics)
-    }
-
-    fn delivery(qos: QoS) -> Delivery {
-        let publish = Publish::new("a".into(), Bytes::from_static(b"0123456789"), qos, false);
-        Delivery { publish, accepted: Instant::now() }
-    }
-
-    #[test]
-    fn a_full_mailbox_drops_qos_0_and_counts_it() {
-        let (mailbox, metrics) = mailbox(2, 1 << 20);
-        for _ in 0..3 {
-            mailbox.deliver(delivery(QoS::AtMostOnce));
-        }
-        assert_eq!(metrics.limits.with_label_values(&["outbox_dropped"]).get(), 1);
-        assert_eq!(mailbox.take_settled(&mut Vec::new()), None);
-        assert_eq!(std::iter::from_fn(|| mailbox.take_delivery()).count(), 2);
-    }
-
-    #[test]
-    fn a_full_mailbox_ends_the_session_rather_than_losing_qos_1() {
-        let (mailbox, metrics) = mailbox(1000, 2 * delivery(QoS::AtLeastOnce).bytes());
-        for _ in 0..3 {
-            mailbox.deliver(delivery(QoS::AtLeastOnce));
-        }
-        assert_eq!(metrics.limits.with_label_values(&["outbox_full"]).get(), 1);
-        assert_eq!(mailbox.take_settled(&mut Vec::new()), Some(Close::QuotaExceeded));
-    }
-
-    #[test]
-    fn bytes_are_given_back_when_a_message_is_taken() {
-        let (mailbox, _) = mailbox(1000, delivery(QoS::AtLeastOnce).bytes());
-        for _ in 0..10 {
-            mailbox.deliver(delivery(QoS::AtLeastOnce));
-            assert!(mailbox.take_delivery().is_some());
-        }
-        assert_eq!(mailbox.take_settled(&mut Vec::new()), None);
-    }
-
-    #[test]
-    fn packet_ids_in_flight_are_distinct_and_bounded_by_the_window() {
-        let mut inflight = Inflight::new(3);
-        let ids = [inflight.begin(), inflight.begin(), inflight.begin()];
-        assert!(!inflight.has_room());
-        assert!(inflight.end(ids[1]));
-        assert!(!inflight.end(ids[1]), "it has ended already");
-        inflight.last = ids[0].get() - 1;
-        let next = inflight.begin();
-        assert!(!ids.contains(&next) || next == ids[1], "an id in use is not given twice");
-    }
-
-    #[test]
-    fn a_message_that_waited_past_its_expiry_is_not_sent() {
-        let properties = PublishProperties { message_expiry_s: Some(5), ..PublishProperties::default() };
-        let waited = |seconds| {
-            let mut delivery = delivery(QoS::AtLeastOnce);
-            delivery.publish.properties = Some(Arc::new(properties.clone()));
-            delivery.accepted = Instant::now().checked_sub(std::time::Duration::from_secs(seconds)).unwrap();
-            delivery.aged().map(|publish| publish.properties.unwrap().message_expiry_s)
-        };
-        assert_eq!(waited(2), Some(Some(3)));
-        assert_eq!(waited(5), None);
+    fn mailbox() -> Arc<Mailbox> {
+        Mailbox::new(1, 100, Metrics::new(&prometheus::Registry::new()).unwrap())
     }
 
     #[tokio::test]
     async fn a_second_connection_waits_for_the_first_to_end() {
         let sessions = Arc::new(Sessions::default());
-        let key: SessionKey = "main/d/d".into();
-        let (first, _) = mailbox(1, 100);
-        let (second, _) = mailbox(1, 100);
-        assert!(sessions.enter(&key, 1, &first).await);
+        let name: SessionName = "main/d/d".into();
+        let (first, second) = (mailbox(), mailbox());
+        assert!(sessions.enter(&name, 1, &first).await);
         let entering = tokio::spawn({
-            let (sessions, key, second) = (sessions.clone(), key.clone(), second.clone());
-            async move { sessions.enter(&key, 2, &second).await }
+            let (sessions, name, second) = (sessions.clone(), name.clone(), second.clone());
+            async move { sessions.enter(&name, 2, &second).await }
         });
         first.left().await;
         assert_eq!(first.take_settled(&mut Vec::new()), Some(Close::TakenOver));
         assert!(!entering.is_finished());
-        sessions.leave(&key, 1);
+        sessions.leave(&name, 1);
         assert!(entering.await.unwrap());
-        assert!(!sessions.enter(&key, 1, &first).await, "a handshake that was overtaken does not take over");
-        sessions.leave(&key, 1);
+        assert!(!sessions.enter(&name, 1, &first).await, "a handshake that was overtaken does not take over");
+        sessions.leave(&name, 1);
         assert_eq!(
             sessions.live.lock().len(),
             1,

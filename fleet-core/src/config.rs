@@ -22,6 +22,7 @@ pub struct Config {
     pub data_dir: String,
     pub http: Http,
     pub mqtt: Mqtt,
+    pub sessions: Sessions,
     pub admission: Admission,
     pub ingest: Ingest,
     pub database: Database,
@@ -57,6 +58,23 @@ pub struct Mqtt {
     pub outbox_messages: usize,
     pub outbox_bytes: usize,
     pub max_retained: usize,
+    pub max_retained_bytes: usize,
+    pub topic_alias_maximum: u16,
+}
+
+/// `[sessions]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Sessions {
+    pub max: usize,
+    pub max_expiry_s: u32,
+    pub queue_messages: i64,
+    pub queue_bytes: i64,
+    pub queue_age_s: u64,
+    pub store_queue_ops: usize,
+    pub store_queue_bytes: usize,
+    pub store_batch_ops: usize,
 }
 
 /// `[admission]`

@@ -1,0 +1,204 @@
+//! Retained messages (MQTT 5 §3.3.1.3): the last of each topic, for whoever subscribes later.
+//!
+//! All of them are in memory, in the order of their topics; those of clients are in the database too, written by
+//! `store.rs` before they are acknowledged. Bounded in count and bytes.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::time::Instant;
+
+use bytestring::ByteString;
+use fleet_core::topic;
+use parking_lot::RwLock;
+
+use crate::mailbox::Delivery;
+use crate::metrics::{Limit, Metrics};
+use crate::wire::Publish;
+
+/// Topics looked at while the map is locked.
+const LOOK_AT_ONCE: usize = 4096;
+
+/// A bound of retained messages is hit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TooManyRetained;
+
+/// The retained messages.
+#[derive(Debug)]
+pub(crate) struct Retained {
+    kept: RwLock<Kept>,
+    max_messages: usize,
+    max_bytes: usize,
+    metrics: Metrics,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    messages: BTreeMap<ByteString, (Publish, Instant)>,
+    bytes: usize,
+}
+
+/// Where a walk through the messages of one filter stands.
+#[derive(Debug)]
+pub(crate) struct Walk {
+    filter: ByteString,
+    /// The last topic looked at.
+    after: Option<ByteString>,
+}
+
+impl Walk {
+    /// Begins a walk.
+    pub(crate) fn new(filter: &str) -> Self {
+        Self { filter: filter.into(), after: None }
+    }
+}
+
+impl Retained {
+    pub(crate) fn new(max_messages: usize, max_bytes: usize, metrics: Metrics) -> Self {
+        Self { kept: RwLock::default(), max_messages, max_bytes, metrics }
+    }
+
+    /// Keeps or, with an empty payload, forgets the retained message of a topic.
+    ///
+    /// # Errors
+    /// [`TooManyRetained`] when it would pass `mqtt.max_retained` or `mqtt.max_retained_bytes`.
+    pub(crate) fn put(&self, publish: &Publish, accepted: Instant) -> Result<(), TooManyRetained> {
+        let mut kept = self.kept.write();
+        let old = kept.messages.get(&publish.topic).map(|(old, _)| cost(old));
+        if publish.payload.is_empty() {
+            kept.messages.remove(&publish.topic);
+            kept.bytes -= old.unwrap_or_default();
+        } else {
+            let bytes = kept.bytes - old.unwrap_or_default() + cost(publish);
+            if bytes > self.max_bytes || (old.is_none() && kept.messages.len() >= self.max_messages) {
+                self.metrics.hit(Limit::Retained);
+                return Err(TooManyRetained);
+            }
+            kept.bytes = bytes;
+            let own = Publish { packet_id: None, dup: false, topic_alias: None, ..publish.detached() };
+            kept.messages.insert(own.topic.clone(), (own, accepted));
+        }
+        self.metrics.retained.set(i64::try_from(kept.messages.len()).unwrap_or(i64::MAX));
+        Ok(())
+    }
+
+    /// The next messages that match, as they were accepted; `None` when the walk has ended. An empty answer is not
+    /// its end: only so many topics are looked at in one step.
+    pub(crate) fn step(&self, walk: &mut Walk, most: usize) -> Option<Vec<Delivery>> {
+        let filter = &*walk.filter;
+        let literal = filter.find(['+', '#']).map_or(filter, |wildcard| &filter[..wildcard]);
+        // `a/#` also matches `a`, which sorts before the literal prefix `a/`.
+        let literal = literal.strip_suffix('/').unwrap_or(literal);
+        let from = walk.after.as_deref().map_or(Bound::Included(literal), Bound::Excluded);
+        let mut found = Vec::new();
+        let mut last = None;
+        let kept = self.kept.read();
+        let candidates = kept.messages.range::<str, _>((from, Bound::Unbounded));
+        for (topic, (publish, accepted)) in
+            candidates.take_while(|(topic, _)| topic.starts_with(literal)).take(LOOK_AT_ONCE)
+        {
+            last = Some(topic.clone());
+            if topic::matches(filter, topic) && !has_expired(publish, *accepted) {
+                found.push(Delivery::new(publish.clone(), *accepted));
+            }
+            if found.len() >= most {
+                break;
+            }
+        }
+        walk.after = Some(last?);
+        Some(found)
+    }
+
+    /// Topics whose message has expired, forgotten here; at most so many.
+    pub(crate) fn expire(&self, most: usize) -> Vec<ByteString> {
+        let mut kept = self.kept.write();
+        let expired = kept.messages.iter().filter(|(_, (publish, accepted))| has_expired(publish, *accepted));
+        let topics: Vec<_> = expired.map(|(topic, _)| topic.clone()).take(most).collect();
+        for topic in &topics {
+            let bytes = kept.messages.remove(topic).map_or(0, |(publish, _)| cost(&publish));
+            kept.bytes -= bytes;
+        }
+        self.metrics.retained.set(i64::try_from(kept.messages.len()).unwrap_or(i64::MAX));
+        topics
+    }
+}
+
+fn has_expired(publish: &Publish, accepted: Instant) -> bool {
+    publish.message_expiry_s().is_some_and(|expiry_s| accepted.elapsed().as_secs() >= u64::from(expiry_s))
+}
+
+fn cost(publish: &Publish) -> usize {
+    publish.payload.len() + publish.topic.len() + 64
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::wire::{PublishProperties, QoS};
+
+    fn retained(max_messages: usize, max_bytes: usize) -> (Retained, Metrics) {
+        let metrics = Metrics::new(&prometheus::Registry::new()).unwrap();
+        (Retained::new(max_messages, max_bytes, metrics.clone()), metrics)
+    }
+
+    fn message(topic: &str, payload: &'static str) -> Publish {
+        Publish::new(topic.into(), Bytes::from_static(payload.as_bytes()), QoS::AtLeastOnce, true)
+    }
+
+    fn walk(retained: &Retained, filter: &str, most: usize) -> Vec<String> {
+        let mut walk = Walk::new(filter);
+        let steps = std::iter::from_fn(|| retained.step(&mut walk, most));
+        steps.flatten().map(|delivery| delivery.publish.topic.to_string()).collect()
+    }
+
+    #[test]
+    fn a_message_is_found_by_every_filter_that_matches_until_it_is_forgotten() {
+        let (retained, _) = retained(10, 1 << 20);
+        retained.put(&message("a/b", "kept"), Instant::now()).unwrap();
+        for (filter, expected) in [("a/b", 1), ("a/#", 1), ("a/b/#", 1), ("+/b", 1), ("#", 1), ("a", 0), ("a/+/c", 0)] {
+            assert_eq!(walk(&retained, filter, 10).len(), expected, "{filter}");
+        }
+        retained.put(&message("a/b", ""), Instant::now()).unwrap();
+        assert!(walk(&retained, "#", 10).is_empty());
+    }
+
+    #[test]
+    fn a_walk_in_small_steps_finds_all_of_them_once() {
+        let (retained, _) = retained(10_000, 1 << 30);
+        for n in 0..6000 {
+            retained.put(&message(&format!("x/{n}/{}", n % 3), "v"), Instant::now()).unwrap();
+        }
+        let found = walk(&retained, "x/+/1", 7);
+        assert_eq!(found.len(), 2000);
+        assert!(found.is_sorted());
+    }
+
+    #[test]
+    fn both_bounds_hold_and_count() {
+        let (retained, metrics) = retained(2, 2 * cost(&message("a", "xxxx")));
+        retained.put(&message("a", "xxxx"), Instant::now()).unwrap();
+        retained.put(&message("a", "yyyy"), Instant::now()).unwrap();
+        assert_eq!(retained.put(&message("b", "xxxxx"), Instant::now()), Err(TooManyRetained));
+        retained.put(&message("b", "xxxx"), Instant::now()).unwrap();
+        assert_eq!(retained.put(&message("c", ""), Instant::now()), Ok(()), "forgetting what is not there");
+        assert_eq!(retained.put(&message("c", "x"), Instant::now()), Err(TooManyRetained));
+        assert_eq!(metrics.limits.with_label_values(&["retained"]).get(), 2);
+    }
+
+    #[test]
+    fn an_expired_message_is_neither_found_nor_kept() {
+        let (retained, metrics) = retained(10, 1 << 20);
+        let properties = PublishProperties { message_expiry_s: Some(5), ..PublishProperties::default() };
+        let expiring = Publish { properties: Some(Arc::new(properties)), ..message("a", "x") };
+        let past = Instant::now().checked_sub(Duration::from_secs(6)).unwrap();
+        retained.put(&expiring, past).unwrap();
+        retained.put(&Publish { topic: "b".into(), ..expiring.clone() }, Instant::now()).unwrap();
+        assert_eq!(walk(&retained, "#", 10), ["b"]);
+        assert_eq!(retained.expire(10), ["a"]);
+        assert_eq!(metrics.retained.get(), 1);
+    }
+}

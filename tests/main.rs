@@ -9,5 +9,6 @@ mod harness;
 mod hostile;
 mod limits;
 mod readings;
+mod sessions;
 mod settings;
 mod sim;

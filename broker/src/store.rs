@@ -438,7 +438,7 @@ impl Worker {
     async fn commit(&mut self, batch: &Batch) -> fleet_core::Result<Read> {
         let connection = match &mut self.connection {
             Some(connection) => connection,
-            None => self.connection.insert(PgConnection::connect_with(&self.options).await?),
+            None => self.connection.insert(session::connect(&self.options).await?),
         };
         let mut tx = connection.begin().await?;
         batch.write(&mut tx).await?;
@@ -511,7 +511,7 @@ impl Worker {
         let now_ms = self.clock.now_ms();
         let connection = match &mut self.connection {
             Some(connection) => connection,
-            None => self.connection.insert(PgConnection::connect_with(&self.options).await?),
+            None => self.connection.insert(session::connect(&self.options).await?),
         };
         fleet_core::retained::forget(connection, topics).await?;
         let too_old_ms = now_ms - i64::try_from(self.settings.queue_age_s).unwrap_or(i64::MAX).saturating_mul(1000);

@@ -522,3 +522,56 @@ async fn measure_enqueue_and_acknowledge() {
         );
     }
 }
+
+/// Prints how long a start takes, and small batches beside much that waits: run by hand, as above.
+#[tokio::test]
+#[ignore = "a measurement"]
+async fn measure_many_sessions() {
+    const SESSIONS: usize = 100_000;
+    let mut fleet = Fleet::new().await;
+    let new: Vec<_> = (0..SESSIONS).map(|nth| new_session(&fleet.owner, &format!("s{nth}"))).collect();
+    let begun = Instant::now();
+    for some in new.chunks(5_000) {
+        begin(&mut fleet.conn, some).await.unwrap();
+        let wanted: Vec<_> =
+            some.iter().flat_map(|new| ["a", "b"].map(|filter| (new.id, subscription(filter)))).collect();
+        subscribe(&mut fleet.conn, &wanted).await.unwrap();
+    }
+    println!("{SESSIONS} sessions begun and subscribed twice: {:?}", begun.elapsed());
+    let begun = Instant::now();
+    let messages = vec![message("app/main/line-3/jobs", &"x".repeat(200)); 1];
+    for some in new.chunks(5_000) {
+        for offset in 1..=10 {
+            let rows: Vec<_> = some.iter().map(|new| Enqueue { offset, ..row(new.id, 0) }).collect();
+            enqueue(&mut fleet.conn, &messages, &rows).await.unwrap();
+        }
+    }
+    println!("10 messages for each: {:?}", begun.elapsed());
+    let begun = Instant::now();
+    assert_eq!(fleet.loaded().await.len(), SESSIONS);
+    println!("load: {:?}", begun.elapsed());
+    for size in [1, 100, 1_000] {
+        let some = &new[7_000..7_000 + size];
+        let rows: Vec<_> = some.iter().map(|new| Enqueue { offset: 11, ..row(new.id, 0) }).collect();
+        let begun = Instant::now();
+        enqueue(&mut fleet.conn, &messages, &rows).await.unwrap();
+        let enqueued = begun.elapsed();
+        let wanted: Vec<_> = some.iter().map(|new| (new.id, 0)).collect();
+        let begun = Instant::now();
+        assert_eq!(page(&mut fleet.conn, &wanted, 5, i64::MAX).await.unwrap().len(), size * 5);
+        let paged = begun.elapsed();
+        let places: Vec<_> = some.iter().map(|new| (new.id, 11)).collect();
+        let begun = Instant::now();
+        acknowledge(&mut fleet.conn, &places).await.unwrap();
+        println!("for {size}: enqueue {enqueued:?}, page of 5 {paged:?}, acknowledge {:?}", begun.elapsed());
+    }
+    let begun = Instant::now();
+    assert_eq!(expire_messages(&mut fleet.conn, NOW, NOW, 10_000).await.unwrap(), []);
+    println!("nothing to expire: {:?}", begun.elapsed());
+    let begun = Instant::now();
+    expire_messages(&mut fleet.conn, NOW, NOW + 1, 10_000).await.unwrap();
+    println!("10,000 expired: {:?}", begun.elapsed());
+    let begun = Instant::now();
+    end(&mut fleet.conn, &column(&new[..1_000], |new| new.id)).await.unwrap();
+    println!("1,000 ended: {:?}", begun.elapsed());
+}

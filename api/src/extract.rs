@@ -77,7 +77,7 @@ macro_rules! rights {
     };
 }
 
-rights!(DevicesRead, DevicesWrite, CredentialsManage, TelemetryRead, DeadLettersRead);
+rights!(DevicesRead, DevicesWrite, CredentialsManage, TelemetryRead, DeadLettersRead, ConnectionsRead);
 
 /// A caller who holds the permission `R`.
 pub(crate) struct Can<R> {

@@ -22,7 +22,7 @@ mod time;
 
 pub use state::{App, Health};
 
-use routes::{auth, credentials, dead_letters, devices, docs, operations, telemetry};
+use routes::{auth, credentials, dead_letters, devices, docs, operations, sessions, telemetry};
 
 /// Every route of the HTTP door, on one screen.
 fn documented() -> OpenApiRouter<App> {
@@ -37,6 +37,8 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(telemetry::series))
         .routes(routes!(telemetry::latest))
         .routes(routes!(dead_letters::list))
+        .routes(routes!(sessions::list))
+        .routes(routes!(sessions::read))
         .routes(routes!(docs::openapi))
         .routes(routes!(operations::healthz))
         .routes(routes!(operations::readyz))
@@ -72,6 +74,7 @@ pub fn router(app: App) -> Router {
         (name = "credentials", description = "By which devices prove who they are"),
         (name = "telemetry", description = "What devices say about themselves"),
         (name = "dead-letters", description = "Payloads that could not be read"),
+        (name = "sessions", description = "What outlives the connections of clients: subscriptions, and messages that wait"),
         (name = "operations", description = "For those who run the server"),
     )
 )]

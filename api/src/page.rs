@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use fleet_core::id::{DeadLetterId, DeviceId};
+use fleet_core::id::{DeadLetterId, DeviceId, SessionId};
 use serde::{Serialize, Serializer};
 use utoipa::ToSchema;
 
@@ -51,6 +51,8 @@ pub(crate) enum Cursor {
     Device(DeviceId),
     /// In the list of dead letters.
     DeadLetter(DeadLetterId),
+    /// In the list of sessions.
+    Session(SessionId),
     /// In the readings of a device.
     Reading { ts_ms: i64, seq: i64 },
 }
@@ -60,6 +62,7 @@ impl Cursor {
         let plain = match self {
             Self::Device(id) => format!("d{id}"),
             Self::DeadLetter(id) => format!("l{id}"),
+            Self::Session(id) => format!("s{id}"),
             Self::Reading { ts_ms, seq } => format!("r{ts_ms},{seq}"),
         };
         URL_SAFE_NO_PAD.encode(plain)
@@ -71,6 +74,7 @@ impl Cursor {
         match list {
             "d" => key.parse().ok().map(Self::Device),
             "l" => key.parse().ok().map(Self::DeadLetter),
+            "s" => key.parse().ok().map(Self::Session),
             "r" => {
                 let (ts_ms, seq) = key.split_once(',')?;
                 Some(Self::Reading { ts_ms: ts_ms.parse().ok()?, seq: seq.parse().ok()? })
@@ -108,7 +112,8 @@ mod tests {
         #[test]
         fn a_cursor_prints_as_it_parses(name in "[A-Za-z0-9.-][A-Za-z0-9._-]{0,63}", id: u128, ts_ms: i64, seq: i64) {
             let device = name.parse().ok().map(Cursor::Device);
-            let others = [Cursor::DeadLetter(Uuid::from_u128(id).into()), Cursor::Reading { ts_ms, seq }];
+            let id = Uuid::from_u128(id);
+            let others = [Cursor::DeadLetter(id.into()), Cursor::Session(id.into()), Cursor::Reading { ts_ms, seq }];
             for cursor in others.into_iter().chain(device) {
                 prop_assert_eq!(cursor.print().parse(), Ok(cursor));
             }

@@ -172,6 +172,7 @@ impl From<Error> for Problem {
         let (status, kind) = match &error {
             Error::NoSuchDevice(_) => (404, "no-such-device"),
             Error::NoSuchCredential(_) => (404, "no-such-credential"),
+            Error::NoSuchSession(_) => (404, "no-such-session"),
             Error::NoBroker(_) => (503, "no-broker"),
             Error::DeviceExists(_) => (409, "device-exists"),
             Error::CertificateTaken => (409, "certificate-taken"),

@@ -6,4 +6,5 @@ pub(crate) mod dead_letters;
 pub(crate) mod devices;
 pub(crate) mod docs;
 pub(crate) mod operations;
+pub(crate) mod sessions;
 pub(crate) mod telemetry;

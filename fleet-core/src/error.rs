@@ -1,7 +1,7 @@
 //! The one error of this crate. The doors translate it: `api/src/problem.rs` to a status code,
 //! the broker to a reason code.
 
-use crate::id::{BadId, CredentialId, DeviceId};
+use crate::id::{BadId, CredentialId, DeviceId, SessionId};
 
 /// What can go wrong with a fleet. The texts are for the caller and say what was expected.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +31,9 @@ pub enum Error {
     /// No such credential of this device.
     #[error("credential {0} does not exist")]
     NoSuchCredential(CredentialId),
+    /// No such session in the caller's tenant.
+    #[error("session {0} does not exist, or has ended")]
+    NoSuchSession(SessionId),
     /// Two are valid already.
     #[error("device {0} has two valid credentials already: revoke one first, or rotate")]
     TooManyCredentials(DeviceId),

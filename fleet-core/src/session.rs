@@ -2,7 +2,7 @@
 //!
 //! Called on a connection of [`connect`]. A session enters by [`begin`], comes and goes by [`resume`] and [`leave`], and ends by [`end`] or with its owner. What it
 //! wants is kept by [`subscribe`]; what waits for it enters by [`enqueue`], is read by [`page`] and leaves by
-//! [`acknowledge`] or [`expire_messages`].
+//! [`acknowledge`] or [`expire_messages`]. People see them by [`list`] and [`find`].
 //! Holds: one session a name. Each change is one statement that may come again with the same outcome (except
 //! [`dropped`], which counts), so whoever does not know whether a transaction was committed repeats it. Changes of a
 //! session that is gone are skipped, since it may have been deleted with its owner at any moment.
@@ -10,6 +10,7 @@
 //! deletion of an owner at the same moment can be a deadlock, which PostgreSQL ends and a repetition heals.
 
 mod message;
+mod overview;
 mod queue;
 #[cfg(test)]
 mod tests;
@@ -30,6 +31,7 @@ use crate::{Error, Result};
 
 pub(crate) use self::message::qos;
 pub use self::message::{Message, Properties, ROW_BYTES, Will, row_bytes};
+pub use self::overview::{MAX_PAGE, Overview, find, list};
 pub use self::queue::{
     Enqueue, Expired, Queued, acknowledge, complete, dropped, enqueue, expire_messages, page, receive, received,
     release,
@@ -366,7 +368,8 @@ pub async fn load(db: &mut PgConnection) -> Result<Vec<Stored>> {
 }
 
 async fn subscriptions(db: &mut PgConnection) -> Result<HashMap<SessionId, Vec<Subscription>>> {
-    let rows = sqlx::query!(
+    let rows = sqlx::query_as!(
+        SubscriptionRow,
         r#"
         select session_id as "session_id: SessionId", filter, qos, no_local, retain_as_published, subscription_id
           from session_subscription
@@ -375,6 +378,37 @@ async fn subscriptions(db: &mut PgConnection) -> Result<HashMap<SessionId, Vec<S
     )
     .fetch_all(db)
     .await?;
+    Ok(by_session(rows))
+}
+
+async fn subscriptions_of(
+    db: &mut PgConnection,
+    sessions: &[SessionId],
+) -> Result<HashMap<SessionId, Vec<Subscription>>> {
+    let rows = sqlx::query_as!(
+        SubscriptionRow,
+        r#"
+        select session_id as "session_id: SessionId", filter, qos, no_local, retain_as_published, subscription_id
+          from session_subscription where session_id = any($1)
+      order by session_id, filter collate "C"
+        "#,
+        &uuids(sessions),
+    )
+    .fetch_all(db)
+    .await?;
+    Ok(by_session(rows))
+}
+
+struct SubscriptionRow {
+    session_id: SessionId,
+    filter: String,
+    qos: i16,
+    no_local: bool,
+    retain_as_published: bool,
+    subscription_id: Option<i32>,
+}
+
+fn by_session(rows: Vec<SubscriptionRow>) -> HashMap<SessionId, Vec<Subscription>> {
     let mut all: HashMap<_, Vec<_>> = HashMap::new();
     for row in rows {
         all.entry(row.session_id).or_default().push(Subscription {
@@ -385,7 +419,7 @@ async fn subscriptions(db: &mut PgConnection) -> Result<HashMap<SessionId, Vec<S
             subscription_id: row.subscription_id.map(i32::cast_unsigned),
         });
     }
-    Ok(all)
+    all
 }
 
 /// One column of a batch, as `unnest` takes it.

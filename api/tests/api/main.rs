@@ -10,4 +10,5 @@ mod document;
 mod door;
 mod harness;
 mod login;
+mod sessions;
 mod telemetry;

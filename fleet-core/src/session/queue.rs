@@ -336,6 +336,20 @@ pub(super) async fn sums(db: &mut PgConnection) -> Result<HashMap<SessionId, (i6
     Ok(rows.into_iter().map(|row| (row.session_id, (row.messages, row.bytes))).collect())
 }
 
+/// The same, of some sessions.
+pub(super) async fn sums_of(db: &mut PgConnection, sessions: &[SessionId]) -> Result<HashMap<SessionId, (i64, i64)>> {
+    let rows = sqlx::query!(
+        r#"
+        select session_id as "session_id: SessionId", count(*) as "messages!", sum(bytes) as "bytes!"
+          from session_message where session_id = any($1) group by session_id
+        "#,
+        &uuids(sessions),
+    )
+    .fetch_all(db)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.session_id, (row.messages, row.bytes))).collect())
+}
+
 /// Removes what belongs to no session.
 pub(super) async fn sweep(db: &mut PgConnection) -> Result<()> {
     sqlx::query!("delete from session_message m where not exists (select from session s where s.id = m.session_id)")

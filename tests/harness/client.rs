@@ -24,12 +24,17 @@ pub(crate) struct Client {
     last_id: u16,
     /// Read, and not yet asked for.
     waiting: VecDeque<Packet>,
+    /// The latest packets both ways, for a test that fails.
+    log: VecDeque<String>,
 }
+
+/// Packets a failing test is shown.
+const LOGGED: usize = 12;
 
 impl Client {
     /// A connection on which nothing has been said.
     pub(crate) fn on(socket: Box<dyn Socket>, version: Version) -> Self {
-        Self { socket, version, last_id: 0, waiting: VecDeque::new() }
+        Self { socket, version, last_id: 0, waiting: VecDeque::new(), log: VecDeque::new() }
     }
 
     /// Sends the CONNECT and waits for its answer, whatever it is.
@@ -44,6 +49,7 @@ impl Client {
 
     /// Sends bytes; that the server has closed is seen when its answer is read.
     pub(crate) async fn send(&mut self, bytes: &[u8]) {
+        self.note(format!("-> {}", bytes[..bytes.len().min(80)].escape_ascii()));
         let _ = timeout(PATIENCE, self.socket.write_all(bytes)).await.expect("the server reads");
     }
 
@@ -57,7 +63,16 @@ impl Client {
 
     async fn read(&mut self) -> Packet {
         let frame = timeout(PATIENCE, self.frame()).await.expect("the server answers in time");
-        frame.map_or(Packet::Closed, |(first, body)| Packet::read(self.version, first, &body))
+        let packet = frame.map_or(Packet::Closed, |(first, body)| Packet::read(self.version, first, &body));
+        self.note(format!("<- {packet:.120?}"));
+        packet
+    }
+
+    fn note(&mut self, line: String) {
+        if self.log.len() == LOGGED {
+            self.log.pop_front();
+        }
+        self.log.push_back(line);
     }
 
     /// Not to be dropped half read.
@@ -260,6 +275,15 @@ impl Client {
         properties
     }
 
+    /// As [`Client::ends_with`] where the server is `exact`; another may close without giving its reason.
+    pub(crate) async fn ends(self, exact: bool, reason: u8, rule: &str) {
+        if exact {
+            self.ends_with(reason, rule).await;
+        } else {
+            self.closes(rule).await;
+        }
+    }
+
     /// The server closes the connection; whether it says why is its own affair.
     pub(crate) async fn closes(mut self, rule: &str) {
         while !matches!(timeout(PATIENCE, self.next()).await.expect(rule), Packet::Closed) {}
@@ -268,5 +292,14 @@ impl Client {
     /// Closes the socket without a word.
     pub(crate) fn vanish(self) {
         drop(self);
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("a connection's last packets:");
+            self.log.iter().for_each(|line| eprintln!("  {line}"));
+        }
     }
 }

@@ -18,7 +18,7 @@ use crate::listener::Arrival;
 use crate::metrics::Limit;
 use crate::session::SessionName;
 use crate::stream::{Io, Stream};
-use crate::wire::{ConnAck, Connect, Decoder, Encoder, Outgoing, Packet, QoS, Reason, Version, Violation};
+use crate::wire::{ConnAck, Connect, Decoder, Encoder, Outgoing, Packet, Reason, Version, Violation};
 
 /// Largest CONNECT, in bytes.
 const MAX_CONNECT_BYTES: u32 = 64 * 1024;
@@ -180,14 +180,9 @@ async fn admit(shared: &Shared, connect: &Connect, arrival: &mut Arrival) -> Res
     }
     let principal = shared.access.authenticate(connect, arrival).await?;
     let mut rights = Rights::new(&principal);
-    if let Some(will) = &connect.will {
-        if will.qos == QoS::ExactlyOnce {
-            return Err((Reason::QosNotSupported, "expected a will of QoS 0 or 1").into());
-        }
-        if let Err(text) = rights.publish(&will.topic) {
-            shared.metrics.denied.with_label_values(&["connect"]).inc();
-            return Err((Reason::NotAuthorized, text).into());
-        }
+    if let Some(Err(text)) = connect.will.as_ref().map(|will| rights.publish(&will.topic)) {
+        shared.metrics.denied.with_label_values(&["connect"]).inc();
+        return Err((Reason::NotAuthorized, text).into());
     }
     Ok((principal, rights))
 }

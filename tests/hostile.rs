@@ -21,7 +21,9 @@ struct Stage {
 
 impl Stage {
     async fn set(settings: &[(&str, &str)]) -> Self {
-        let fleet = Fleet::start_with(settings).await;
+        // Hostile clients come over and over, and would be damped for it: `admission.rs` has that.
+        let undamped = ("MUSTER__ADMISSION__FLAPPING_CONNECTS", "0");
+        let fleet = Fleet::start_with(&[&[undamped], settings].concat()).await;
         let (hostile, honest) = (fleet.enrol("hostile").await, fleet.enrol("honest").await);
         Self { fleet, hostile, honest }
     }

@@ -75,16 +75,13 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(shared: Arc<Shared>
             return Box::pin(handshake::turn_away(&shared, &mut admitted.stream, &admitted.encoder, refusal)).await;
         }
     };
+    // Another handshake may begin.
+    drop(arrival.handshake.take());
     let mut connection = Box::new(Connection::new(shared, admitted, opened, mailbox, number));
     // A panic must not take the will and the session with it.
     let end = AssertUnwindSafe(connection.run()).catch_unwind().await.unwrap_or(End::Panicked);
     tracing::debug!(%peer, transport = transport.as_str(), session = &*connection.name, end = end.label(), "a connection ended");
     Box::pin(connection.finish(end)).await;
-}
-
-/// Tells a client that there is no room, and closes.
-pub(crate) async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(shared: Arc<Shared>, socket: S, arrival: Arrival) {
-    handshake::refuse(&shared, socket, &arrival).await;
 }
 
 /// How a connection ended.

@@ -40,7 +40,6 @@ impl Events {
     }
 
     /// Leaves an event; never waits.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the first to note events follows"))]
     pub(crate) fn note(&self, event: Event) {
         if self.queue.try_send(event).is_err() {
             self.metrics.hit(Limit::Events);

@@ -7,13 +7,16 @@ use std::num::{NonZeroU16, NonZeroU32};
 use std::time::Duration;
 
 use bytestring::ByteString;
+use fleet_core::connection_event::{Event as ConnectionEvent, Kind};
 use fleet_core::policy::{Principal, Who};
+use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, timeout, timeout_at};
 use uuid::Uuid;
 
 use crate::Shared;
 use crate::access::{Refusal, Rights};
+use crate::flapping::Verdict;
 use crate::listener::Arrival;
 use crate::metrics::Limit;
 use crate::session::SessionName;
@@ -24,6 +27,8 @@ use crate::wire::{ConnAck, Connect, Decoder, Encoder, Outgoing, Packet, Reason, 
 const MAX_CONNECT_BYTES: u32 = 64 * 1024;
 /// Longest client id, in bytes; the standard asks for at least 23 (MQTT 5 §3.1.3.1).
 const MAX_CLIENT_ID_BYTES: usize = 256;
+/// How long somebody who is refused may take to say who it is.
+const REFUSE_WITHIN: Duration = Duration::from_secs(1);
 /// User property of a refusal: when to come again, in milliseconds.
 const RETRY_AFTER: &str = "retry-after-ms";
 /// How long telling somebody to go may take.
@@ -52,12 +57,17 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
     socket: S,
     arrival: &mut Arrival,
 ) -> Option<Admitted<S>> {
-    let (mut stream, decoder, connect) = read_connect(shared, socket, arrival).await?;
+    let within = Duration::from_millis(shared.settings.connect_timeout_ms);
+    let (mut stream, decoder, connect) = read_connect(shared, socket, arrival, within).await?;
     let encoder = Encoder::for_client(&connect);
-    match admit(shared, &connect, arrival).await {
-        Ok((principal, rights)) => {
-            let client_id = client_id(&connect, &principal);
-            let session = session_key(&principal, &client_id);
+    let admitted = admit(shared, &connect, arrival).await.and_then(|(principal, rights)| {
+        let client_id = client_id(&connect, &principal);
+        let session = session_key(&principal, &client_id);
+        meet(shared, &principal, &client_id, &session, arrival)?;
+        Ok((principal, rights, client_id, session))
+    });
+    match admitted {
+        Ok((principal, rights, client_id, session)) => {
             let keep_alive_s = keep_alive_s(&connect, shared.settings.max_keep_alive_s);
             let answer = welcome(shared, &connect, &principal, &client_id, keep_alive_s);
             let keep_alive = keep_alive_s.map(|seconds| Duration::from_secs(u64::from(seconds)));
@@ -82,10 +92,14 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// Tells a client that the broker is full (MQTT 5: 0x97, 3.1.1: 3) and closes.
-pub(crate) async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(shared: &Shared, socket: S, arrival: &Arrival) {
-    if let Some((mut stream, _, connect)) = read_connect(shared, socket, arrival).await {
-        let refusal = (Reason::QuotaExceeded, "the broker holds as many connections as it may");
+/// Tells a client that there is no place for it, and closes.
+pub(crate) async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(
+    shared: &Shared,
+    socket: S,
+    arrival: &Arrival,
+    refusal: Refusal,
+) {
+    if let Some((mut stream, _, connect)) = read_connect(shared, socket, arrival, REFUSE_WITHIN).await {
         turn_away(shared, &mut stream, &Encoder::for_client(&connect), refusal).await;
     }
 }
@@ -94,8 +108,9 @@ async fn read_connect<S: AsyncRead + AsyncWrite + Unpin>(
     shared: &Shared,
     socket: S,
     arrival: &Arrival,
+    within: Duration,
 ) -> Option<(Stream<S>, Decoder, Connect)> {
-    let deadline = Instant::now() + Duration::from_millis(shared.settings.connect_timeout_ms);
+    let deadline = Instant::now() + within;
     let mut stream = Stream::new(socket);
     let mut decoder = Decoder::new(shared.settings.max_packet_bytes, MAX_CONNECT_BYTES);
     loop {
@@ -145,6 +160,8 @@ pub(crate) async fn turn_away<S: AsyncRead + AsyncWrite + Unpin>(
     refusal: impl Into<Refusal>,
 ) {
     let Refusal { reason, text, retry_after } = refusal.into();
+    let passing = matches!(reason, Reason::ServerBusy | Reason::ServerUnavailable);
+    let retry_after = retry_after.or_else(|| passing.then(|| shared.admission.retry_after()));
     shared.metrics.connects.with_label_values(&[reason.text()]).inc();
     let text = (!text.is_empty()).then(|| ByteString::from_static(text));
     let mut answer = ConnAck::refusal(reason, text);
@@ -178,13 +195,40 @@ async fn admit(shared: &Shared, connect: &Connect, arrival: &mut Arrival) -> Res
     if connect.client_id.is_empty() && connect.version == Version::V311 && !connect.clean_start {
         return Err((Reason::ClientIdentifierNotValid, "an empty client id needs a clean session").into());
     }
-    let principal = shared.access.authenticate(connect, arrival).await?;
+    shared.admission.is_heard(arrival.peer.ip())?;
+    let authenticated = shared.access.authenticate(connect, arrival).await;
+    if authenticated.as_ref().is_err_and(|refusal| refusal.reason == Reason::BadUserNameOrPassword) {
+        shared.admission.failed(arrival.peer.ip());
+    }
+    let principal = authenticated?;
     let mut rights = Rights::new(&principal);
     if let Some(Err(text)) = connect.will.as_ref().map(|will| rights.publish(&will.topic)) {
         shared.metrics.denied.with_label_values(&["connect"]).inc();
         return Err((Reason::NotAuthorized, text).into());
     }
     Ok((principal, rights))
+}
+
+/// Whether a client that is known comes too often, or where another one is.
+fn meet(
+    shared: &Shared,
+    principal: &Principal,
+    client_id: &str,
+    session: &SessionName,
+    arrival: &Arrival,
+) -> Result<(), Refusal> {
+    let peer = arrival.peer.ip();
+    let Err((refusal, verdict)) = shared.admission.meet(session, peer, None) else { return Ok(()) };
+    let (kind, detail) = match verdict {
+        Verdict::Flapping { news: true, .. } => (Kind::Flapping, json!({ "address": peer })),
+        Verdict::Conflict { news: true, holder, .. } => {
+            (Kind::IdentityConflict, json!({ "holder": holder, "refused": peer }))
+        }
+        _ => return Err(refusal),
+    };
+    let now_ms = shared.clock.now_ms();
+    shared.events.note(ConnectionEvent::new(principal, client_id, kind, detail, now_ms));
+    Err(refusal)
 }
 
 /// The client's own id, or the one it is given (MQTT 5 §3.1.3.1): a device its name, anybody else a new one.

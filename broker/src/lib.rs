@@ -2,7 +2,8 @@
 //!
 //! | part | where |
 //! |---|---|
-//! | accepting connections, admission | [`listener`](self) (`listener.rs`) |
+//! | accepting connections | [`listener`](self) (`listener.rs`) |
+//! | how many may come in and how fast; who comes too often | `admission.rs`, `guessing.rs`, `flapping.rs` |
 //! | from a socket to a known client | `handshake.rs` |
 //! | one client: packets in, packets out, its limits | `connection.rs`, over the bytes of `stream.rs` |
 //! | what others leave for it, and what it has not acknowledged | `mailbox.rs`, `inflight.rs` |
@@ -18,9 +19,12 @@
 //! Ignorant of: HTTP, and of what readings mean.
 
 mod access;
+mod admission;
 mod batch;
 mod connection;
 mod events;
+mod flapping;
+mod guessing;
 mod handshake;
 mod inflight;
 mod ingest;
@@ -28,6 +32,8 @@ mod listener;
 mod mailbox;
 mod metrics;
 mod queue;
+mod rate;
+mod recent;
 mod restore;
 mod retained;
 mod router;
@@ -35,6 +41,8 @@ mod rows;
 mod session;
 mod store;
 mod stream;
+#[expect(dead_code, reason = "connections are throttled next")]
+mod throttle;
 mod will;
 pub mod wire;
 
@@ -48,12 +56,14 @@ use fleet_core::token::Keys;
 use prometheus::Registry;
 use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
+use tokio_util::task::AbortOnDropHandle;
 
 pub use ingest::Health;
 pub use listener::{Door, Transport};
 pub use metrics::Metrics;
 
 use access::Access;
+use admission::Admission;
 use events::Events;
 use ingest::Ingest;
 use listener::Entrance;
@@ -113,12 +123,12 @@ struct Shared {
     settings: config::Mqtt,
     session_limits: config::Sessions,
     access: Access,
+    admission: Arc<Admission>,
     router: Router,
     sessions: Arc<Sessions>,
     store: Store,
     ingest: Ingest,
     metrics: Metrics,
-    #[expect(dead_code, reason = "what notes events follows")]
     events: Events,
     clock: Clock,
 }
@@ -130,6 +140,7 @@ pub struct Broker {
     address: SocketAddr,
     accepting: JoinHandle<()>,
     keeping_time: JoinHandle<()>,
+    _sweeping: AbortOnDropHandle<()>,
     writers: ingest::Writers,
     storing: store::Storing,
     events: events::Writing,
@@ -168,6 +179,7 @@ impl Broker {
         let (events, writing) = Events::start(parts.db.clone(), metrics.clone());
         let shared = Arc::new(Shared {
             access: Access::new(parts.db, parts.keys, parts.clock.clone(), &parts.admission, &metrics),
+            admission: Arc::new(Admission::new(&parts.mqtt, &parts.admission, metrics.clone())),
             sessions,
             store,
             settings: parts.mqtt,
@@ -182,7 +194,19 @@ impl Broker {
         let keeping_time = tokio::spawn(restore::keep_time(shared.clone()));
         let entrance = Arc::new(Entrance::new(shared.clone()));
         let accepting = tokio::spawn(listener::accept(listener, entrance.clone()));
-        Ok(Self { shared, entrance, address, accepting, keeping_time, writers, storing, events: writing })
+        let admission = shared.admission.clone();
+        let sweeping = AbortOnDropHandle::new(tokio::spawn(async move { admission.sweep().await }));
+        Ok(Self {
+            shared,
+            entrance,
+            address,
+            accepting,
+            keeping_time,
+            _sweeping: sweeping,
+            writers,
+            storing,
+            events: writing,
+        })
     }
 
     /// The address that is listened on; the port is real even when 0 was asked for.

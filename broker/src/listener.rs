@@ -2,8 +2,7 @@
 //!
 //! Every client comes in through one [`Door`], whatever carried it: sockets by [`accept`], WebSockets by
 //! [`Door::serve`].
-//! Holds: a handshake never delays the next accept; no more connections than `mqtt.max_connections`, and those
-//! beyond it are told so while a bounded number of refusals is under way.
+//! Holds: a handshake never delays the next accept; nobody comes in past `admission.rs`.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,11 +12,10 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::connection;
-use crate::metrics::Limit;
+use crate::admission::{Handshake, Place};
 use crate::{Shared, StartError};
+use crate::{connection, handshake};
 
 /// What carries a client's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,12 +50,12 @@ pub(crate) struct Arrival {
     pub(crate) transport: Transport,
     /// The certificate it proved to hold the key of, in DER, with the chain it sent; gone once it was looked at.
     pub(crate) certificate: Option<Box<[Vec<u8>]>>,
+    /// Its place among the handshakes under way, until it is over.
+    pub(crate) handshake: Option<Handshake>,
 }
 
 /// Sockets the kernel holds for us in a storm.
 const BACKLOG: u32 = 4096;
-/// Refusals told at once when the broker is full; beyond it a socket is just closed.
-const REFUSALS_AT_ONCE: usize = 64;
 /// Pause after the system ran out of something, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -74,36 +72,17 @@ pub(crate) fn bind(address: SocketAddr) -> Result<TcpListener, StartError> {
 /// The one way in: who comes here is counted, and served or refused.
 pub(crate) struct Entrance {
     shared: Arc<Shared>,
-    room: Arc<Semaphore>,
-    refusals: Arc<Semaphore>,
     arrivals: AtomicU64,
-}
-
-/// A place inside, or one where to be told that there is none.
-enum Place {
-    Inside(OwnedSemaphorePermit),
-    Refusal(OwnedSemaphorePermit),
 }
 
 impl Entrance {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        let room = Arc::new(Semaphore::new(shared.settings.max_connections));
-        let refusals = Arc::new(Semaphore::new(REFUSALS_AT_ONCE));
-        Self { shared, room, refusals, arrivals: AtomicU64::new(0) }
+        Self { shared, arrivals: AtomicU64::new(0) }
     }
 
     fn arrival(&self, peer: SocketAddr, transport: Transport) -> Arrival {
         let number = self.arrivals.fetch_add(1, Ordering::Relaxed) + 1;
-        Arrival { number, peer, transport, certificate: None }
-    }
-
-    /// `None`: not even a refusal has room.
-    fn place(&self) -> Option<Place> {
-        if let Ok(place) = self.room.clone().try_acquire_owned() {
-            return Some(Place::Inside(place));
-        }
-        self.shared.metrics.hit(Limit::Connections);
-        self.refusals.clone().try_acquire_owned().ok().map(Place::Refusal)
+        Arrival { number, peer, transport, certificate: None, handshake: None }
     }
 }
 
@@ -123,7 +102,7 @@ impl Door {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let Some(entrance) = self.0.upgrade() else { return };
-        let Some(place) = entrance.place() else { return };
+        let Some(place) = entrance.shared.admission.place(peer.ip()) else { return };
         let (arrival, shared) = (entrance.arrival(peer, transport), entrance.shared.clone());
         // A stop must not wait for whoever is inside.
         drop(entrance);
@@ -147,16 +126,19 @@ pub(crate) async fn accept(listener: TcpListener, entrance: Arc<Entrance>) {
             continue;
         }
         let arrival = entrance.arrival(peer, Transport::Tcp);
-        if let Some(place) = entrance.place() {
+        if let Some(place) = entrance.shared.admission.place(peer.ip()) {
             tokio::spawn(serve(entrance.shared.clone(), place, socket, arrival));
         }
     }
 }
 
-async fn serve<S: AsyncRead + AsyncWrite + Unpin>(shared: Arc<Shared>, place: Place, socket: S, arrival: Arrival) {
+async fn serve<S: AsyncRead + AsyncWrite + Unpin>(shared: Arc<Shared>, place: Place, socket: S, mut arrival: Arrival) {
     match place {
-        Place::Inside(_place) => connection::serve(shared, socket, arrival).await,
-        Place::Refusal(_place) => Box::pin(connection::refuse(shared, socket, arrival)).await,
+        Place::Inside(_place, handshake) => {
+            arrival.handshake = Some(handshake);
+            connection::serve(shared, socket, arrival).await;
+        }
+        Place::Refusal(_place, refusal) => Box::pin(handshake::refuse(&shared, socket, &arrival, refusal)).await,
     }
 }
 

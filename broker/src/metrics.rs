@@ -9,6 +9,12 @@ use crate::wire::Reason;
 pub struct Metrics {
     /// Connections that are open and authenticated.
     pub connections: IntGauge,
+    /// Connections whose handshake is under way.
+    pub handshakes: IntGauge,
+    /// Clients that connect too often.
+    pub flapping: IntGauge,
+    /// Sessions that two addresses fight over.
+    pub conflicts: IntGauge,
     /// CONNECTs that wait for their credential to be verified.
     pub authenticating: IntGauge,
     /// CONNECTs answered, by what they were answered.
@@ -88,6 +94,26 @@ pub(crate) enum Limit {
     StoreQueue,
     /// `mqtt.connect_timeout_ms`
     ConnectTimeout,
+    /// `admission.connects_per_s`
+    ConnectRate,
+    /// `admission.max_handshakes`
+    Handshakes,
+    /// `admission.max_refusals`: closed without a word
+    Refusals,
+    /// `admission.auth_failures`: refused, as too many wrong credentials came from the address
+    AuthenticationFailures,
+    /// `admission.flapping_connects`: refused
+    Flapping,
+    /// `admission.conflict_takeovers`: refused
+    IdentityConflict,
+    /// `admission.tracked_addresses`: one was forgotten
+    TrackedAddresses,
+    /// `admission.tracked_clients`: one was forgotten
+    TrackedClients,
+    /// `mqtt.max_messages_per_s`: not read for a while, or disconnected
+    MessageRate,
+    /// `mqtt.max_bytes_per_s`: not read for a while, or disconnected
+    ByteRate,
     /// `admission.max_authentications`
     Authentications,
     /// `admission.authentication_timeout_ms`
@@ -103,7 +129,7 @@ pub(crate) enum Limit {
 }
 
 impl Limit {
-    const ALL: [Self; 18] = [
+    const ALL: [Self; 28] = [
         Self::Connections,
         Self::PacketBytes,
         Self::ReceiveMaximum,
@@ -116,6 +142,16 @@ impl Limit {
         Self::SessionAge,
         Self::StoreQueue,
         Self::ConnectTimeout,
+        Self::ConnectRate,
+        Self::Handshakes,
+        Self::Refusals,
+        Self::AuthenticationFailures,
+        Self::Flapping,
+        Self::IdentityConflict,
+        Self::TrackedAddresses,
+        Self::TrackedClients,
+        Self::MessageRate,
+        Self::ByteRate,
         Self::Authentications,
         Self::AuthenticationTimeout,
         Self::PacketTimeout,
@@ -138,6 +174,16 @@ impl Limit {
             Self::SessionAge => "session_age",
             Self::StoreQueue => "store_queue",
             Self::ConnectTimeout => "connect_timeout",
+            Self::ConnectRate => "connect_rate",
+            Self::Handshakes => "handshakes",
+            Self::Refusals => "refusals",
+            Self::AuthenticationFailures => "authentication_failures",
+            Self::Flapping => "flapping",
+            Self::IdentityConflict => "identity_conflict",
+            Self::TrackedAddresses => "tracked_addresses",
+            Self::TrackedClients => "tracked_clients",
+            Self::MessageRate => "message_rate",
+            Self::ByteRate => "byte_rate",
             Self::Authentications => "authentications",
             Self::AuthenticationTimeout => "authentication_timeout",
             Self::PacketTimeout => "packet_timeout",
@@ -156,6 +202,9 @@ impl Metrics {
     pub fn new(registry: &Registry) -> prometheus::Result<Self> {
         let metrics = Self {
             connections: IntGauge::new("muster_mqtt_connections", "Open, authenticated MQTT connections")?,
+            handshakes: IntGauge::new("muster_mqtt_handshakes", "Connections whose handshake is under way")?,
+            flapping: IntGauge::new("muster_mqtt_flapping_clients", "Clients that connect too often")?,
+            conflicts: IntGauge::new("muster_mqtt_identity_conflicts", "Sessions that two addresses fight over")?,
             authenticating: IntGauge::new(
                 "muster_mqtt_authenticating",
                 "CONNECTs that wait for their credential to be verified",
@@ -217,6 +266,9 @@ impl Metrics {
 
     fn register(&self, registry: &Registry) -> prometheus::Result<()> {
         registry.register(Box::new(self.connections.clone()))?;
+        registry.register(Box::new(self.handshakes.clone()))?;
+        registry.register(Box::new(self.flapping.clone()))?;
+        registry.register(Box::new(self.conflicts.clone()))?;
         registry.register(Box::new(self.authenticating.clone()))?;
         registry.register(Box::new(self.connects.clone()))?;
         registry.register(Box::new(self.disconnects.clone()))?;

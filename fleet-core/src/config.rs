@@ -60,6 +60,10 @@ pub struct Mqtt {
     pub max_retained: usize,
     pub max_retained_bytes: usize,
     pub topic_alias_maximum: u16,
+    pub max_messages_per_s: u64,
+    pub max_bytes_per_s: u64,
+    pub rate_burst_ms: u64,
+    pub rate_excess: RateExcess,
 }
 
 /// `[sessions]`
@@ -82,8 +86,58 @@ pub struct Sessions {
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
 pub struct Admission {
+    pub connects_per_s: u32,
+    pub connects_burst: u32,
+    pub max_handshakes: usize,
+    pub max_refusals: usize,
+    pub retry_after_min_ms: u64,
+    pub retry_after_max_ms: u64,
     pub max_authentications: usize,
     pub authentication_timeout_ms: u64,
+    pub auth_failures: u32,
+    pub auth_failures_window_s: u64,
+    pub auth_block_s: u64,
+    pub tracked_addresses: usize,
+    pub flapping_connects: usize,
+    pub flapping_window_s: u64,
+    pub flapping_backoff_s: u64,
+    pub flapping_max_backoff_s: u64,
+    pub conflict_takeovers: usize,
+    pub conflict_window_s: u64,
+    pub conflict_hold_s: u64,
+    pub tracked_clients: usize,
+}
+
+impl Admission {
+    /// Rules that types do not carry.
+    fn rules(&self) -> [(bool, &'static str); 8] {
+        let day = 1..=86_400;
+        [
+            (self.connects_burst > 0, "admission.connects_burst: expected at least 1"),
+            (self.max_handshakes > 0, "admission.max_handshakes: expected at least 1"),
+            (self.max_authentications > 0, "admission.max_authentications: expected at least 1"),
+            (self.authentication_timeout_ms > 0, "admission.authentication_timeout_ms: expected at least 1"),
+            (
+                self.retry_after_min_ms <= self.retry_after_max_ms && self.retry_after_max_ms <= 86_400_000,
+                "admission.retry_after_max_ms: expected admission.retry_after_min_ms to 86400000",
+            ),
+            (
+                self.tracked_addresses > 0 && self.tracked_clients > 0,
+                "admission.tracked_addresses and admission.tracked_clients: expected at least 1",
+            ),
+            (
+                day.contains(&self.auth_failures_window_s) && day.contains(&self.auth_block_s),
+                "admission.auth_failures_window_s and admission.auth_block_s: expected 1 to 86400",
+            ),
+            (
+                [self.flapping_window_s, self.flapping_backoff_s, self.conflict_window_s, self.conflict_hold_s]
+                    .iter()
+                    .all(|seconds| day.contains(seconds))
+                    && (self.flapping_backoff_s..=86_400).contains(&self.flapping_max_backoff_s),
+                "admission.flapping_… and admission.conflict_…: expected 1 to 86400 seconds, the longest back-off last",
+            ),
+        ]
+    }
 }
 
 /// `[ingest]`
@@ -145,6 +199,16 @@ pub struct Retention {
 pub struct Log {
     pub filter: String,
     pub format: LogFormat,
+}
+
+/// What becomes of a client that sends faster than it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RateExcess {
+    /// It is not read until it may send again.
+    Wait,
+    /// It is disconnected.
+    Disconnect,
 }
 
 /// How log lines look.
@@ -302,8 +366,6 @@ impl Config {
             (self.mqtt.receive_maximum > 0, "mqtt.receive_maximum: expected 1 to 65535"),
             (self.mqtt.max_keep_alive_s > 0, "mqtt.max_keep_alive_s: expected 1 to 65535"),
             (self.mqtt.outbox_messages > 0, "mqtt.outbox_messages: expected at least 1"),
-            (self.admission.max_authentications > 0, "admission.max_authentications: expected at least 1"),
-            (self.admission.authentication_timeout_ms > 0, "admission.authentication_timeout_ms: expected at least 1"),
             (self.database.max_connections > 0, "database.max_connections: expected at least 1"),
             (self.auth.access_token_s > 0, "auth.access_token_s: expected at least 1"),
             (self.auth.login_concurrency > 0, "auth.login_concurrency: expected at least 1"),
@@ -311,7 +373,7 @@ impl Config {
             (self.retention.dead_letter_days > 0, "retention.dead_letter_days: expected at least 1"),
             (self.retention.connection_event_days > 0, "retention.connection_event_days: expected at least 1"),
         ];
-        match rules.iter().find(|(holds, _)| !holds) {
+        match rules.iter().chain(&self.admission.rules()).find(|(holds, _)| !holds) {
             Some((_, rule)) => Err(BadConfig((*rule).to_owned())),
             None => Ok(()),
         }

@@ -291,6 +291,46 @@ async fn a_flapping_client_is_shown_damped_and_forgiven() {
 }
 
 #[tokio::test]
+async fn of_two_devices_with_one_identity_the_holder_keeps_it_for_a_while() {
+    let strict = [("MUSTER__ADMISSION__CONFLICT_TAKEOVERS", "2"), ("MUSTER__ADMISSION__CONFLICT_HOLD_S", "5")];
+    let fleet = Fleet::start_with(&strict).await;
+    let device = fleet.enrol("twin").await;
+    let knocker = |from, version| Knocker::new(&fleet, &device, from, version);
+    let mut first = knocker(HOME, V5).knock().await.welcome();
+    let mut second = knocker(AWAY, V5).knock().await.welcome();
+    assert!(matches!(first.next().await, Packet::Disconnect(0x8E, _)), "taken over");
+    let mut holder = knocker(HOME, V5).knock().await.welcome();
+    assert!(matches!(second.next().await, Packet::Disconnect(0x8E, _)), "taken over");
+    let (code, wait) = knocker(AWAY, V5).knock().await.refused();
+    assert_eq!(code, 0x89);
+    let wait = wait.expect("when to come again");
+    assert!((1000..=7000).contains(&wait.as_millis()), "{wait:?}");
+    assert_eq!(knocker(AWAY, V311).knock().await.refused().0, 3);
+    let reading = Publish::new(device.topic("telemetry"), r#"{"t":1}"#).qos(1);
+    assert_eq!(holder.publish(reading.clone()).await, 0, "the holder keeps working");
+    shows(&fleet, "muster_mqtt_identity_conflicts", 1.0).await;
+    let (_, detail) = event(&fleet, "identity-conflict").await;
+    assert_eq!(detail, serde_json::json!({ "holder": "127.0.0.2", "refused": "127.0.0.3" }));
+    // Its link breaks, and it comes back before that was noticed.
+    let mut holder = knocker(HOME, V5).knock().await.welcome();
+    assert_eq!(holder.publish(reading).await, 0);
+    shows(&fleet, "muster_mqtt_identity_conflicts", 0.0).await;
+    knocker(AWAY, V5).knock().await.welcome();
+    assert!(hits(&fleet, "identity_conflict").await > 1.5);
+}
+
+#[tokio::test]
+async fn a_device_that_comes_back_from_its_own_address_is_no_conflict() {
+    let fleet = Fleet::start_with(&[("MUSTER__ADMISSION__CONFLICT_TAKEOVERS", "1")]).await;
+    let device = fleet.enrol("one").await;
+    let mut connections = Vec::new();
+    for _ in 0..10 {
+        connections.push(Knocker::new(&fleet, &device, HOME, V5).knock().await.welcome());
+    }
+    assert!(hits(&fleet, "identity_conflict").await < 0.5);
+}
+
+#[tokio::test]
 async fn a_guesser_is_blocked_and_an_honest_device_elsewhere_is_not() {
     let strict = [("MUSTER__ADMISSION__AUTH_FAILURES", "3"), ("MUSTER__ADMISSION__AUTH_BLOCK_S", "1")];
     let fleet = Fleet::start_with(&strict).await;

@@ -59,7 +59,7 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(shared: Arc<Shared>
     let Some(mut admitted) = Box::pin(handshake::greet(&shared, socket, &mut arrival)).await else { return };
     let Arrival { number, peer, transport, .. } = arrival;
     let mailbox = Mailbox::new(shared.settings.outbox_messages, shared.settings.outbox_bytes, shared.metrics.clone());
-    match timeout(ENTER_WITHIN, shared.sessions.enter(&admitted.session, number, &mailbox)).await {
+    match timeout(ENTER_WITHIN, shared.sessions.enter(&admitted.session, number, peer.ip(), &mailbox)).await {
         Ok(true) => {}
         // The client has come again meanwhile: there is nobody left behind this socket.
         Ok(false) => return,

@@ -218,7 +218,8 @@ fn meet(
     arrival: &Arrival,
 ) -> Result<(), Refusal> {
     let peer = arrival.peer.ip();
-    let Err((refusal, verdict)) = shared.admission.meet(session, peer, None) else { return Ok(()) };
+    let met = shared.admission.meet(session, peer, shared.sessions.holder(session));
+    let Err((refusal, verdict)) = met else { return Ok(()) };
     let (kind, detail) = match verdict {
         Verdict::Flapping { news: true, .. } => (Kind::Flapping, json!({ "address": peer })),
         Verdict::Conflict { news: true, holder, .. } => {

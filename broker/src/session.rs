@@ -5,6 +5,7 @@
 //! A clean session is a connection and nothing more: it costs nothing here but its place among the live ones.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -193,13 +194,21 @@ struct Live {
     mailbox: Arc<Mailbox>,
     /// Which connection holds the session; a later one takes it over.
     connection: u64,
+    /// Where that comes from.
+    peer: IpAddr,
 }
 
 impl Sessions {
     /// Makes this connection the one that holds the session. An earlier one is closed and waited for, so that its
     /// will is sent before anything the new one says. `false` when a later one holds it: the handshake took so long
     /// that the client has come again.
-    pub(crate) async fn enter(&self, name: &SessionName, connection: u64, mailbox: &Arc<Mailbox>) -> bool {
+    pub(crate) async fn enter(
+        &self,
+        name: &SessionName,
+        connection: u64,
+        peer: IpAddr,
+        mailbox: &Arc<Mailbox>,
+    ) -> bool {
         loop {
             let ended = self.ended.notified();
             tokio::pin!(ended);
@@ -208,7 +217,7 @@ impl Sessions {
                 let mut live = self.live.lock();
                 match live.get(name) {
                     None => {
-                        live.insert(name.clone(), Live { mailbox: mailbox.clone(), connection });
+                        live.insert(name.clone(), Live { mailbox: mailbox.clone(), connection, peer });
                         return true;
                     }
                     Some(later) if later.connection > connection => return false,
@@ -217,6 +226,11 @@ impl Sessions {
             }
             ended.await;
         }
+    }
+
+    /// Where the connection comes from that holds the session.
+    pub(crate) fn holder(&self, name: &str) -> Option<IpAddr> {
+        Some(self.live.lock().get(name)?.peer)
     }
 
     /// Gives the session up, after the will was sent.
@@ -423,6 +437,8 @@ mod tests {
     use super::*;
     use crate::metrics::Metrics;
 
+    const HOME: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
+
     fn mailbox() -> Arc<Mailbox> {
         Mailbox::new(1, 100, Metrics::new(&prometheus::Registry::new()).unwrap())
     }
@@ -432,17 +448,19 @@ mod tests {
         let sessions = Arc::new(Sessions::default());
         let name: SessionName = "main/d/d".into();
         let (first, second) = (mailbox(), mailbox());
-        assert!(sessions.enter(&name, 1, &first).await);
+        assert_eq!(sessions.holder(&name), None);
+        assert!(sessions.enter(&name, 1, HOME, &first).await);
+        assert_eq!(sessions.holder(&name), Some(HOME));
         let entering = tokio::spawn({
             let (sessions, name, second) = (sessions.clone(), name.clone(), second.clone());
-            async move { sessions.enter(&name, 2, &second).await }
+            async move { sessions.enter(&name, 2, HOME, &second).await }
         });
         first.left().await;
         assert_eq!(first.take_settled(&mut Vec::new()), Some(Close::TakenOver));
         assert!(!entering.is_finished());
         sessions.leave(&name, 1);
         assert!(entering.await.unwrap());
-        assert!(!sessions.enter(&name, 1, &first).await, "a handshake that was overtaken does not take over");
+        assert!(!sessions.enter(&name, 1, HOME, &first).await, "a handshake that was overtaken does not take over");
         sessions.leave(&name, 1);
         assert_eq!(
             sessions.live.lock().len(),

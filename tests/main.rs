@@ -10,6 +10,7 @@ mod harness;
 mod hostile;
 mod limits;
 mod readings;
+mod roles;
 mod sessions;
 mod settings;
 mod sim;

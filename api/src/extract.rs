@@ -10,12 +10,12 @@ use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use fleet_core::id::{TenantKey, UserId};
+use fleet_core::id::{ApiKeyId, TenantKey, UserId};
 use fleet_core::idempotency::{self, Answer, Key};
-use fleet_core::policy::{Permission, Principal, Who};
+use fleet_core::policy::{Manager, Permission, Principal, Role, Who};
 use fleet_core::token;
-use serde::Serialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
@@ -25,14 +25,26 @@ use crate::state::App;
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
-/// Who calls: a user with a valid access token, whatever the user may do.
+/// Who calls: a user with a valid access token or API key, whatever that may do.
 pub(crate) struct Caller {
     pub(crate) id: UserId,
     pub(crate) tenant: TenantKey,
+    /// The API key, when one was shown.
+    pub(crate) key: Option<ApiKeyId>,
     principal: Principal,
 }
 
 impl Caller {
+    /// The role of the user or of the API key.
+    pub(crate) fn role(&self) -> Option<&str> {
+        self.principal.role().map(Role::name)
+    }
+
+    /// In whose name access is managed.
+    pub(crate) fn manager(&self) -> Manager {
+        self.principal.manager()
+    }
+
     pub(crate) fn permissions(&self) -> Vec<Permission> {
         Permission::ALL.into_iter().filter(|permission| self.principal.may(*permission)).collect()
     }
@@ -46,7 +58,7 @@ impl FromRequestParts<App> for Caller {
         let mut db = app.db.acquire().await?;
         let principal = token::principal(&mut db, &app.keys, token, app.clock.now()).await?;
         match principal.who {
-            Who::User { id, .. } => Ok(Self { id, tenant: principal.tenant, principal }),
+            Who::User { id, key, .. } => Ok(Self { id, tenant: principal.tenant, key, principal }),
             Who::Device { .. } => Err(Problem::new(401, "bad-token", "expected the access token of a user")),
         }
     }
@@ -77,7 +89,7 @@ macro_rules! rights {
     };
 }
 
-rights!(DevicesRead, DevicesWrite, CredentialsManage, TelemetryRead, DeadLettersRead, ConnectionsRead);
+rights!(DevicesRead, DevicesWrite, CredentialsManage, TelemetryRead, DeadLettersRead, ConnectionsRead, AccessManage);
 
 /// A caller who holds the permission `R`.
 pub(crate) struct Can<R> {
@@ -152,6 +164,19 @@ impl<T: DeserializeOwned> FromRequest<App> for MergePatch<T> {
         expect_type(request.headers(), &["application/merge-patch+json", "application/json"])?;
         parsed(&body(request, app).await?).map(Self)
     }
+}
+
+/// Tells null from what was left out.
+#[expect(clippy::option_option, reason = "left out, null, a value")]
+pub(crate) fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<Option<T>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
+}
+
+/// A field of a patch that cannot be cleared.
+pub(crate) fn not_null<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
 }
 
 async fn body(request: Request, app: &App) -> Result<Bytes, Problem> {

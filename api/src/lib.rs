@@ -22,7 +22,7 @@ mod time;
 
 pub use state::{App, Health};
 
-use routes::{auth, credentials, dead_letters, devices, docs, operations, sessions, telemetry};
+use routes::{api_keys, auth, credentials, dead_letters, devices, docs, operations, roles, sessions, telemetry, users};
 
 /// Every route of the HTTP door, on one screen.
 fn documented() -> OpenApiRouter<App> {
@@ -39,6 +39,12 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(dead_letters::list))
         .routes(routes!(sessions::list))
         .routes(routes!(sessions::read))
+        .routes(routes!(users::create, users::list))
+        .routes(routes!(users::read, users::change, users::delete))
+        .routes(routes!(roles::create, roles::list))
+        .routes(routes!(roles::read, roles::replace, roles::delete))
+        .routes(routes!(api_keys::create, api_keys::list))
+        .routes(routes!(api_keys::delete))
         .routes(routes!(docs::openapi))
         .routes(routes!(operations::healthz))
         .routes(routes!(operations::readyz))
@@ -75,6 +81,9 @@ pub fn router(app: App) -> Router {
         (name = "telemetry", description = "What devices say about themselves"),
         (name = "dead-letters", description = "Payloads that could not be read"),
         (name = "sessions", description = "What outlives the connections of clients: subscriptions, and messages that wait"),
+        (name = "users", description = "People who log in"),
+        (name = "roles", description = "What people and programs may do"),
+        (name = "api-keys", description = "By which programs prove who they are"),
         (name = "operations", description = "For those who run the server"),
     )
 )]

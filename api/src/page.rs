@@ -5,9 +5,17 @@ use std::str::FromStr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use fleet_core::id::{DeadLetterId, DeviceId, SessionId};
+use fleet_core::id::{ApiKeyId, DeadLetterId, DeviceId, RoleId, SessionId, UserId};
 use serde::{Serialize, Serializer};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
+
+use crate::extract::{FromQuery, Params};
+
+/// Items on a page unless it is said.
+const DEFAULT_PAGE: usize = 100;
+/// Most items on a page.
+const LARGEST_PAGE: usize = 1000;
+const NOT_A_CURSOR: &str = "expected the next_cursor of a page of this list";
 
 /// Some items, and where to go on.
 #[derive(Debug, Serialize, ToSchema)]
@@ -53,6 +61,12 @@ pub(crate) enum Cursor {
     DeadLetter(DeadLetterId),
     /// In the list of sessions.
     Session(SessionId),
+    /// In the list of users.
+    User(UserId),
+    /// In the list of roles.
+    Role(RoleId),
+    /// In the list of API keys.
+    ApiKey(ApiKeyId),
     /// In the readings of a device.
     Reading { ts_ms: i64, seq: i64 },
 }
@@ -63,6 +77,9 @@ impl Cursor {
             Self::Device(id) => format!("d{id}"),
             Self::DeadLetter(id) => format!("l{id}"),
             Self::Session(id) => format!("s{id}"),
+            Self::User(id) => format!("u{id}"),
+            Self::Role(id) => format!("o{id}"),
+            Self::ApiKey(id) => format!("k{id}"),
             Self::Reading { ts_ms, seq } => format!("r{ts_ms},{seq}"),
         };
         URL_SAFE_NO_PAD.encode(plain)
@@ -75,6 +92,9 @@ impl Cursor {
             "d" => key.parse().ok().map(Self::Device),
             "l" => key.parse().ok().map(Self::DeadLetter),
             "s" => key.parse().ok().map(Self::Session),
+            "u" => key.parse().ok().map(Self::User),
+            "o" => key.parse().ok().map(Self::Role),
+            "k" => key.parse().ok().map(Self::ApiKey),
             "r" => {
                 let (ts_ms, seq) = key.split_once(',')?;
                 Some(Self::Reading { ts_ms: ts_ms.parse().ok()?, seq: seq.parse().ok()? })
@@ -89,15 +109,57 @@ impl FromStr for Cursor {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         // What does not print as it was given was not printed here.
-        Self::parse(text)
-            .filter(|cursor| cursor.print() == text)
-            .ok_or("expected the next_cursor of a page of this list")
+        Self::parse(text).filter(|cursor| cursor.print() == text).ok_or(NOT_A_CURSOR)
     }
 }
 
 impl Serialize for Cursor {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&self.print())
+    }
+}
+
+/// Which page of a list that has no filter.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "what `Paging` reads, as the document tells it")]
+pub(crate) struct PagingQuery {
+    /// Items on the page.
+    #[param(minimum = 1, maximum = 1000, default = 100)]
+    limit: Option<usize>,
+    /// The `next_cursor` of the page before.
+    cursor: Option<String>,
+}
+
+/// [`PagingQuery`] as it was read, for a list that is ordered by `K`.
+pub(crate) struct Paging<K> {
+    pub(crate) after: Option<K>,
+    pub(crate) limit: usize,
+}
+
+/// What a list is ordered by.
+pub(crate) trait Key: Sized {
+    fn of(cursor: Cursor) -> Option<Self>;
+}
+
+macro_rules! keys {
+    ($($key:ident: $cursor:ident),+) => {
+        $(impl Key for $key {
+            fn of(cursor: Cursor) -> Option<Self> {
+                if let Cursor::$cursor(key) = cursor { Some(key) } else { None }
+            }
+        })+
+    };
+}
+keys!(UserId: User, RoleId: Role, ApiKeyId: ApiKey);
+
+impl<K: Key> FromQuery for Paging<K> {
+    fn from_query(query: &mut Params<'_>) -> Option<Self> {
+        let after = query.one::<Cursor>("cursor").map(K::of);
+        if matches!(after, Some(None)) {
+            query.refuse("cursor", NOT_A_CURSOR);
+        }
+        Some(Self { after: after.flatten(), limit: query.limit(DEFAULT_PAGE, LARGEST_PAGE) })
     }
 }
 
@@ -112,9 +174,15 @@ mod tests {
         #[test]
         fn a_cursor_prints_as_it_parses(name in "[A-Za-z0-9.-][A-Za-z0-9._-]{0,63}", id: u128, ts_ms: i64, seq: i64) {
             let device = name.parse().ok().map(Cursor::Device);
+            let role = name.parse().ok().map(Cursor::Role);
             let id = Uuid::from_u128(id);
-            let others = [Cursor::DeadLetter(id.into()), Cursor::Session(id.into()), Cursor::Reading { ts_ms, seq }];
-            for cursor in others.into_iter().chain(device) {
+            let ids = [
+                Cursor::DeadLetter(id.into()),
+                Cursor::Session(id.into()),
+                Cursor::User(id.into()),
+                Cursor::ApiKey(id.into()),
+            ];
+            for cursor in ids.into_iter().chain([Cursor::Reading { ts_ms, seq }]).chain(device).chain(role) {
                 prop_assert_eq!(cursor.print().parse(), Ok(cursor));
             }
         }

@@ -13,8 +13,8 @@ use utoipa::ToSchema;
 /// The media type of a problem.
 pub(crate) const MEDIA_TYPE: &str = "application/problem+json";
 /// Types of problems that say a bound was hit.
-pub(crate) const BOUNDS: [&str; 6] =
-    ["body-too-large", "busy", "timeout", "database-away", "too-many-credentials", "too-many-buckets"];
+pub(crate) const BOUNDS: [&str; 7] =
+    ["body-too-large", "busy", "timeout", "database-away", "too-many-credentials", "too-many-buckets", "too-many"];
 /// When to come back after a 429 or 503, in seconds.
 const RETRY_AFTER_S: u32 = 1;
 
@@ -177,6 +177,22 @@ impl From<Error> for Problem {
             Error::DeviceExists(_) => (409, "device-exists"),
             Error::CertificateTaken => (409, "certificate-taken"),
             Error::TooManyCredentials(_) => (409, "too-many-credentials"),
+            Error::NoSuchRole(_) => (404, "no-such-role"),
+            Error::NoSuchUser(_) => (404, "no-such-user"),
+            Error::NoSuchApiKey(_) => (404, "no-such-api-key"),
+            Error::RoleExists(_) => (409, "role-exists"),
+            Error::RoleInUse(_) => (409, "role-in-use"),
+            Error::RoleBuiltIn(_) => (409, "role-built-in"),
+            Error::EmailTaken => (409, "email-taken"),
+            Error::LastAdmin(_) => (409, "last-admin"),
+            Error::TooMany { .. } => (409, "too-many"),
+            Error::NotPlatform(_) => (403, "forbidden"),
+            Error::BadRule(rule) => {
+                return Self::field(
+                    format!("topic_rules[{}].filter", rule.index),
+                    format!("{:?} {}", rule.filter, rule.why),
+                );
+            }
             Error::NoSuchGateway(_) => (422, "no-such-gateway"),
             Error::BadGateway(_) => (422, "gateway-not-allowed"),
             Error::VersionMismatch { .. } => (412, "version-mismatch"),

@@ -1,10 +1,13 @@
 //! The handlers, one file a noun of `fleet_core`.
 
+pub(crate) mod api_keys;
 pub(crate) mod auth;
 pub(crate) mod credentials;
 pub(crate) mod dead_letters;
 pub(crate) mod devices;
 pub(crate) mod docs;
 pub(crate) mod operations;
+pub(crate) mod roles;
 pub(crate) mod sessions;
 pub(crate) mod telemetry;
+pub(crate) mod users;

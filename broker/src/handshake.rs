@@ -244,6 +244,7 @@ fn client_id(connect: &Connect, principal: &Principal) -> ByteString {
 fn session_key(principal: &Principal, client_id: &str) -> SessionName {
     match &principal.who {
         Who::Device { id, .. } => format!("{}/{id}/{client_id}", principal.tenant_id),
+        Who::User { key: Some(key), .. } => format!("{}//{key}/{client_id}", principal.tenant_id),
         Who::User { id, .. } => format!("{}//{id}/{client_id}", principal.tenant_id),
     }
     .into()

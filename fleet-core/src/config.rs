@@ -177,6 +177,11 @@ pub struct Auth {
     pub access_token_s: u64,
     pub login_concurrency: usize,
     pub rotation_overlap_s: u64,
+    pub max_users: usize,
+    pub max_roles: usize,
+    pub max_topic_rules: usize,
+    pub max_api_keys: usize,
+    pub max_api_key_s: u64,
 }
 
 /// `[retention]`

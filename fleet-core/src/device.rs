@@ -15,7 +15,7 @@ use sqlx::types::Json;
 
 use crate::control;
 use crate::credential::{self, Issued};
-use crate::error::{Error, OrOn, Result};
+use crate::error::{Error, OrOn, Result, check_version};
 use crate::id::{DeviceId, DeviceKey, TenantKey, is_name};
 
 /// Longest group path, in bytes.
@@ -348,7 +348,7 @@ pub async fn update(
     let gateway = patch.gateway.as_ref().and_then(Option::as_ref);
     let locked = lock(db, tenant, &std::iter::once(id).chain(gateway).collect::<Vec<_>>()).await?;
     let old = find(db, tenant, id).await?;
-    check_version(&old, expected)?;
+    check_version(old.version, expected)?;
     let mut new = old.clone();
     if let Some(kind) = &patch.kind {
         new.kind.clone_from(kind);
@@ -413,7 +413,7 @@ pub async fn delete(
 ) -> Result<()> {
     lock(db, tenant, &[id]).await?;
     let device = find(db, tenant, id).await?;
-    check_version(&device, expected)?;
+    check_version(device.version, expected)?;
     // The foreign key would clear it too, but nobody could see from the version that the child has changed.
     sqlx::query!(
         "update device set gateway_key = null, version = version + 1, updated_at = $2 where gateway_key = $1",
@@ -424,15 +424,6 @@ pub async fn delete(
     .await?;
     sqlx::query!("delete from device where key = $1", device.key.0).execute(&mut *db).await?;
     control::bump(db).await
-}
-
-fn check_version(device: &Device, expected: &[i64]) -> Result<()> {
-    match expected.first() {
-        Some(first) if !expected.contains(&device.version) => {
-            Err(Error::VersionMismatch { expected: *first, found: device.version })
-        }
-        _ => Ok(()),
-    }
 }
 
 fn merged(old: &Labels, changes: Option<&BTreeMap<String, Option<String>>>) -> Result<Labels> {

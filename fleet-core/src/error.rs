@@ -1,7 +1,8 @@
 //! The one error of this crate. The doors translate it: `api/src/problem.rs` to a status code,
 //! the broker to a reason code.
 
-use crate::id::{BadId, CredentialId, DeviceId, SessionId};
+use crate::id::{ApiKeyId, BadId, CredentialId, DeviceId, RoleId, SessionId, UserId};
+use crate::topic_rule::BadRule;
 
 /// What can go wrong with a fleet. The texts are for the caller and say what was expected.
 #[derive(Debug, thiserror::Error)]
@@ -21,7 +22,7 @@ pub enum Error {
     )]
     BadGateway(DeviceId),
     /// Somebody changed the row since the caller read it.
-    #[error("the device has changed since: expected version {expected}, found {found}")]
+    #[error("it has changed since: expected version {expected}, found {found}")]
     VersionMismatch {
         /// The version the caller had read.
         expected: i64,
@@ -40,6 +41,44 @@ pub enum Error {
     /// The certificate is a credential already, of this device or another.
     #[error("the certificate is registered already: revoke it there first")]
     CertificateTaken,
+    /// No role of that name that the caller could see or give away.
+    #[error("role {0} does not exist")]
+    NoSuchRole(RoleId),
+    /// The name is taken, by a built-in role, by one of the tenant or by one of the platform.
+    #[error("role {0} exists already")]
+    RoleExists(RoleId),
+    /// Somebody has the role.
+    #[error("role {0} is in use: expected no user and no API key with it")]
+    RoleInUse(RoleId),
+    /// Built-in roles are the same everywhere.
+    #[error("role {0} is built in: it cannot be changed")]
+    RoleBuiltIn(RoleId),
+    /// A topic rule is no rule, or reaches too far.
+    #[error(transparent)]
+    BadRule(#[from] BadRule),
+    /// Only who has platform standing may do that.
+    #[error("this needs platform standing: only a user who has it may {0}")]
+    NotPlatform(&'static str),
+    /// No such user in the caller's tenant.
+    #[error("user {0} does not exist")]
+    NoSuchUser(UserId),
+    /// An address names one user of the whole server.
+    #[error("another user has this e-mail address already")]
+    EmailTaken,
+    /// Nobody would be left who could manage access.
+    #[error("this is the last enabled {0}: make another one first")]
+    LastAdmin(&'static str),
+    /// No such API key in the caller's tenant.
+    #[error("API key {0} does not exist")]
+    NoSuchApiKey(ApiKeyId),
+    /// A tenant has as many as its bound allows.
+    #[error("there are {most} {what} already: expected at most that many")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// The bound.
+        most: usize,
+    },
     /// E-mail or password is wrong, or the user is disabled; which of them is not said.
     #[error("e-mail or password is wrong")]
     BadLogin,
@@ -103,6 +142,14 @@ impl<T> OrOn<T> for Result<T, sqlx::Error> {
             sqlx::Error::Database(db) if db.constraint() == Some(constraint) => otherwise(),
             _ => Error::Database(error),
         })
+    }
+}
+
+/// Whether the row is still one of the versions the caller `expected`; without any, it may be what it is.
+pub(crate) fn check_version(found: i64, expected: &[i64]) -> Result<()> {
+    match expected.first() {
+        Some(first) if !expected.contains(&found) => Err(Error::VersionMismatch { expected: *first, found }),
+        _ => Ok(()),
     }
 }
 

@@ -22,13 +22,13 @@ pub(crate) struct Names {
 }
 
 /// The filters. Whoever adds one has checked it.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct FilterSet {
     root: Node,
 }
 
 /// What follows some levels. Every node leads to the end of a filter.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 struct Node {
     texts: HashMap<Box<str>, Node>,
     tenant: Option<Box<Node>>,

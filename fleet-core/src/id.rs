@@ -98,6 +98,7 @@ macro_rules! name {
 
 name!(TenantId, "tenant");
 name!(DeviceId, "device");
+name!(RoleId, "role");
 
 macro_rules! key {
     ($name:ident, $noun:literal) => {
@@ -111,6 +112,7 @@ macro_rules! key {
 
 key!(TenantKey, "tenant");
 key!(DeviceKey, "device");
+key!(RoleKey, "role");
 
 macro_rules! id {
     ($name:ident, $prefix:literal, $noun:literal) => {
@@ -179,6 +181,7 @@ macro_rules! id {
 
 id!(CredentialId, "crd", "device credential");
 id!(UserId, "usr", "user");
+id!(ApiKeyId, "key", "API key");
 id!(DeadLetterId, "dlq", "dead letter");
 id!(ConnectionId, "con", "connection of a client");
 id!(ConnectionEventId, "cev", "connection event");

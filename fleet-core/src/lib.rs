@@ -11,7 +11,10 @@
 //! | the newest value of each metric, and gaps in sequence numbers | [`latest`] |
 //! | payloads that could not be read | [`dead_letter`] |
 //! | people, their passwords and access tokens | [`user`], [`token`] |
+//! | secrets of programs | [`api_key`] |
 //! | permissions, and who may do what | [`policy`] |
+//! | roles that people make | [`role`] |
+//! | who a user or an API key is now | `standing` |
 //! | what a role says about topics, compiled | [`topic_rule`], over `filter_set` |
 //! | what the doors tell each other of open connections, and every change of rights | [`control`] |
 //! | what happened to a client's connection | [`connection_event`] |
@@ -22,6 +25,7 @@
 //! | the embedded PostgreSQL, connecting and migrating | [`postgres`], [`database`] |
 //! | settings, time, errors, test databases | [`config`], [`clock`], [`error`], [`testing`] |
 
+pub mod api_key;
 pub mod certificate;
 pub mod clock;
 pub mod config;
@@ -40,7 +44,9 @@ pub mod policy;
 pub mod postgres;
 pub mod retained;
 pub mod retention;
+pub mod role;
 pub mod session;
+mod standing;
 pub mod status;
 pub mod telemetry;
 pub mod testing;

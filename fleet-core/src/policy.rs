@@ -7,7 +7,7 @@ use std::sync::{Arc, LazyLock};
 
 use chrono::{DateTime, Utc};
 
-use crate::id::{CredentialId, DeviceId, DeviceKey, TenantId, TenantKey, UserId};
+use crate::id::{ApiKeyId, CredentialId, DeviceId, DeviceKey, RoleId, TenantId, TenantKey, UserId};
 use crate::topic_rule::{Action, Effect, Reach, RuleSet, TopicRule};
 pub use crate::topic_rule::{Guard, TopicRules};
 
@@ -28,11 +28,13 @@ pub enum Permission {
     ConnectionsRead,
     /// `connections:manage`: disconnect clients, end their sessions, trace them
     ConnectionsManage,
+    /// `access:manage`: users, roles, API keys
+    AccessManage,
 }
 
 impl Permission {
     /// Every permission there is.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::DevicesRead,
         Self::DevicesWrite,
         Self::CredentialsManage,
@@ -40,6 +42,7 @@ impl Permission {
         Self::DeadLettersRead,
         Self::ConnectionsRead,
         Self::ConnectionsManage,
+        Self::AccessManage,
     ];
 
     /// `noun:verb`, as roles and problems spell it.
@@ -52,44 +55,68 @@ impl Permission {
             Self::DeadLettersRead => "dead-letters:read",
             Self::ConnectionsRead => "connections:read",
             Self::ConnectionsManage => "connections:manage",
+            Self::AccessManage => "access:manage",
         }
+    }
+
+    /// The permission of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|permission| permission.name() == name)
     }
 }
 
-/// A built-in role.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A role: what whoever has it may do.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
     /// Everything in the tenant.
     Admin,
     /// A device: its own topics and nothing else.
     Device,
+    /// What somebody wrote; made by [`crate::role`].
+    Custom(Arc<CustomRole>),
+}
+
+/// A role that somebody made, ready to be asked.
+#[derive(Debug, PartialEq, Eq)]
+pub struct CustomRole {
+    pub(crate) id: RoleId,
+    pub(crate) version: i64,
+    pub(crate) permissions: Vec<Permission>,
+    pub(crate) rules: Arc<RuleSet>,
 }
 
 impl Role {
-    /// The role a user row names.
-    pub fn of_user(name: &str) -> Option<Self> {
-        (name == "admin").then_some(Self::Admin)
+    /// Names that no role may be given, because they are or will be those of built-in roles.
+    pub const RESERVED: [&str; 8] =
+        ["admin", "operator", "release-manager", "support", "viewer", "auditor", "device", "gateway"];
+
+    /// The built-in role of that name that a user or an API key may have.
+    pub fn built_in(name: &str) -> Option<Self> {
+        (name == Self::Admin.name()).then_some(Self::Admin)
     }
 
     /// The role's name.
-    pub fn name(self) -> &'static str {
+    pub fn name(&self) -> &str {
         match self {
             Self::Admin => "admin",
             Self::Device => "device",
+            Self::Custom(role) => role.id.as_str(),
         }
     }
 
-    fn holds(self, _permission: Permission) -> bool {
+    fn holds(&self, permission: Permission) -> bool {
         match self {
             Self::Admin => true,
             Self::Device => false,
+            Self::Custom(role) => role.permissions.contains(&permission),
         }
     }
 
-    fn topic_rules(self) -> Arc<RuleSet> {
+    fn topic_rules(&self) -> Arc<RuleSet> {
         match self {
             Self::Admin => ADMIN.clone(),
             Self::Device => DEVICE.clone(),
+            Self::Custom(role) => role.rules.clone(),
         }
     }
 }
@@ -142,21 +169,41 @@ pub enum Who {
         /// Its name.
         id: DeviceId,
     },
-    /// A user, by an access token.
+    /// A user, by an access token, or a program by an API key of that user.
     User {
-        /// Its id.
+        /// The user's id.
         id: UserId,
-        /// Its role; without one a user may log in and do nothing else.
+        /// The API key, when it is one that was shown.
+        key: Option<ApiKeyId>,
+        /// The role of the user or the API key; without one a user may log in and do nothing else.
         role: Option<Role>,
+        /// Whether the user stands above tenants; an API key never does.
+        platform: bool,
     },
 }
 
+/// In whose name, and within which bounds, access is managed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Manager {
+    /// Users, roles and API keys of this tenant.
+    pub tenant: TenantKey,
+    /// Whether roles of the platform may be made and given away too.
+    pub platform: bool,
+}
+
 impl Principal {
-    fn role(&self) -> Option<Role> {
+    /// The role; a user may be without one.
+    pub fn role(&self) -> Option<&Role> {
         match &self.who {
-            Who::Device { .. } => Some(Role::Device),
-            Who::User { role, .. } => *role,
+            Who::Device { .. } => Some(&Role::Device),
+            Who::User { role, .. } => role.as_ref(),
         }
+    }
+
+    /// The bounds within which this principal manages access, if it may at all.
+    pub fn manager(&self) -> Manager {
+        let above = matches!(self.who, Who::User { platform: true, key: None, role: Some(Role::Admin), .. });
+        Manager { tenant: self.tenant, platform: above }
     }
 
     /// Whether this principal may call what `permission` opens.
@@ -188,6 +235,10 @@ mod tests {
         }
     }
 
+    fn user(role: Option<Role>) -> Who {
+        Who::User { id: UserId::new(), key: None, role, platform: false }
+    }
+
     #[test]
     fn a_device_may_use_its_own_subtree_and_nothing_else() {
         let rules = device("boiler-1").topic_rules();
@@ -210,7 +261,7 @@ mod tests {
 
     #[test]
     fn a_device_has_no_permission_and_a_user_without_a_role_has_none_either() {
-        let nobody = Principal { who: Who::User { id: UserId::new(), role: None }, ..device("d") };
+        let nobody = Principal { who: user(None), ..device("d") };
         for permission in Permission::ALL {
             assert!(!device("d").may(permission));
             assert!(!nobody.may(permission));
@@ -220,7 +271,7 @@ mod tests {
 
     #[test]
     fn an_admin_stays_in_the_tenant() {
-        let admin = Principal { who: Who::User { id: UserId::new(), role: Some(Role::Admin) }, ..device("d") };
+        let admin = Principal { who: user(Some(Role::Admin)), ..device("d") };
         let rules = admin.topic_rules();
         assert!(rules.may_subscribe("fleet/v1/main/+/telemetry"));
         assert!(rules.may_subscribe("$SYS/#"));

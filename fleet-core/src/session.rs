@@ -25,8 +25,9 @@ use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
 use crate::clock::from_ms;
-use crate::id::{DeviceId, DeviceKey, SessionId, TenantId, TenantKey, UserId};
-use crate::policy::{Principal, Proof, Role, Who};
+use crate::id::{ApiKeyId, DeviceId, DeviceKey, RoleKey, SessionId, TenantId, TenantKey, UserId};
+use crate::policy::{Principal, Proof, Who};
+use crate::role::{Named, Roles};
 use crate::{Error, Result};
 
 pub(crate) use self::message::qos;
@@ -152,41 +153,46 @@ pub async fn begin(db: &mut PgConnection, sessions: &[NewSession]) -> Result<()>
     if sessions.is_empty() {
         return Ok(());
     }
-    let (device, user): (Vec<_>, Vec<_>) = sessions.iter().map(|new| owner_columns(&new.owner)).unzip();
+    let owners = column(&sessions, |new| owner_columns(&new.owner));
     sqlx::query!(
         "
         with gone as (delete from session where name = any($2) returning id),
              messages as (delete from session_message m using gone where m.session_id = gone.id),
              received as (delete from session_received r using gone where r.session_id = gone.id)
-      insert into session (id, name, tenant_key, device_key, user_id, client_id, expiry_s, connected, since, will, created_at)
-      select n.id, n.name, n.tenant, n.device, n.owner, n.client_id, n.expiry_s, true, n.at, n.will, n.at
+      insert into session (id, name, tenant_key, device_key, user_id, api_key_id, client_id, expiry_s, connected, since, will,
+                           created_at)
+      select n.id, n.name, n.tenant, n.device, n.owner, n.api_key, n.client_id, n.expiry_s, true, n.at, n.will, n.at
         from unnest($1::uuid[], $2::text[], $3::bigint[], $4::bigint[], $5::uuid[], $6::text[], $7::bigint[], $8::jsonb[],
-                    $9::timestamptz[]) as n (id, name, tenant, device, owner, client_id, expiry_s, will, at)
+                    $9::timestamptz[], $10::uuid[])
+          as n (id, name, tenant, device, owner, client_id, expiry_s, will, at, api_key)
    left join (select key from device where key = any($4) for key share) d on d.key = n.device
    left join (select id from app_user where id = any($5) for key share) u on u.id = n.owner
-       where (d.key is not null or u.id is not null)
+   left join (select id from api_key where id = any($10) for key share) k on k.id = n.api_key
+       where (d.key is not null or u.id is not null) and (n.api_key is null or k.id is not null)
          -- The old ones first: their names are free then.
          and (select count(*) from gone) >= 0
         ",
         &column(&sessions, |new| new.id.uuid()),
         &column(&sessions, |new| new.name.as_str()) as &[&str],
         &column(&sessions, |new| new.owner.tenant.0),
-        &device as &[Option<i64>],
-        &user as &[Option<Uuid>],
+        &column(&owners, |(device, _, _)| *device) as &[Option<i64>],
+        &column(&owners, |(_, user, _)| *user) as &[Option<Uuid>],
         &column(&sessions, |new| new.client_id.as_str()) as &[&str],
         &column(&sessions, |new| i64::from(new.expiry_s)),
         &column(&sessions, |new| new.will.as_ref().map(Json)) as &[Option<Json<&Will>>],
         &column(&sessions, |new| from_ms(new.now_ms)),
+        &column(&owners, |(_, _, key)| *key) as &[Option<Uuid>],
     )
     .execute(db)
     .await?;
     Ok(())
 }
 
-fn owner_columns(owner: &Principal) -> (Option<i64>, Option<Uuid>) {
+/// Device, user, API key.
+fn owner_columns(owner: &Principal) -> (Option<i64>, Option<Uuid>, Option<Uuid>) {
     match &owner.who {
-        Who::Device { key, .. } => (Some(key.0), None),
-        Who::User { id, .. } => (None, Some(id.uuid())),
+        Who::Device { key, .. } => (Some(key.0), None, None),
+        Who::User { id, key, .. } => (None, Some(id.uuid()), key.map(ApiKeyId::uuid)),
     }
 }
 
@@ -328,43 +334,53 @@ pub async fn load(db: &mut PgConnection) -> Result<Vec<Stored>> {
         r#"
         select s.id as "id: SessionId", s.name, s.tenant_key as "tenant_key: TenantKey", t.id as "tenant_id: TenantId",
                s.device_key as "device_key: DeviceKey", d.id as "device_id?: DeviceId",
-               s.user_id as "user_id: UserId", u.role, s.client_id, s.expiry_s, s.connected, s.expires_at,
+               s.user_id as "user_id: UserId", s.api_key_id as "api_key_id: ApiKeyId", u.platform as "platform?",
+               case when k.id is null then u.role else k.role end as role,
+               r.key as "role_key?: RoleKey", r.version as "role_version?", s.client_id, s.expiry_s, s.connected, s.expires_at,
                s.will as "will: Json<Will>", s.last_offset, s.sent_to, s.dropped
           from session s
           join tenant t on t.key = s.tenant_key
      left join device d on d.key = s.device_key
      left join app_user u on u.id = s.user_id
+     left join api_key k on k.id = s.api_key_id
+     left join role r on r.key = case when k.id is null then u.role_key else k.role_key end
       order by s.id
         "#
     )
-    .fetch_all(db)
+    .fetch_all(&mut *db)
     .await?;
-    rows.into_iter()
-        .map(|row| {
-            let who = match (row.device_key, row.device_id, row.user_id) {
-                (Some(key), Some(id), _) => Who::Device { key, id },
-                (_, _, Some(id)) => Who::User { id, role: row.role.as_deref().and_then(Role::of_user) },
-                _ => return Err(Error::Internal(format!("session {} has no owner", row.id))),
-            };
-            let (queued, queued_bytes) = sums.remove(&row.id).unwrap_or_default();
-            Ok(Stored {
-                id: row.id,
-                name: row.name,
-                owner: Principal { tenant: row.tenant_key, tenant_id: row.tenant_id, who, proof: Proof::default() },
-                client_id: row.client_id,
-                expiry_s: u32::try_from(row.expiry_s).unwrap_or(NEVER),
-                connected: row.connected,
-                expires_ms: row.expires_at.map(|at| at.timestamp_millis()),
-                will: row.will.map(|will| will.0),
-                subscriptions: subscriptions.remove(&row.id).unwrap_or_default(),
-                queued,
-                queued_bytes,
-                last_offset: row.last_offset,
-                sent_to: row.sent_to,
-                dropped: row.dropped,
-            })
-        })
-        .collect()
+    let roles = Roles::default();
+    let mut sessions = Vec::with_capacity(rows.len());
+    for row in rows {
+        let named = Named { built_in: row.role, custom: row.role_key.zip(row.role_version) };
+        let role = roles.load(db, &row.tenant_id, named).await?;
+        let who = match (row.device_key, row.device_id, row.user_id) {
+            (Some(key), Some(id), _) => Who::Device { key, id },
+            (_, _, Some(id)) => {
+                let platform = row.api_key_id.is_none() && row.platform.unwrap_or(false);
+                Who::User { id, key: row.api_key_id, role, platform }
+            }
+            _ => return Err(Error::Internal(format!("session {} has no owner", row.id))),
+        };
+        let (queued, queued_bytes) = sums.remove(&row.id).unwrap_or_default();
+        sessions.push(Stored {
+            id: row.id,
+            name: row.name,
+            owner: Principal { tenant: row.tenant_key, tenant_id: row.tenant_id, who, proof: Proof::default() },
+            client_id: row.client_id,
+            expiry_s: u32::try_from(row.expiry_s).unwrap_or(NEVER),
+            connected: row.connected,
+            expires_ms: row.expires_at.map(|at| at.timestamp_millis()),
+            will: row.will.map(|will| will.0),
+            subscriptions: subscriptions.remove(&row.id).unwrap_or_default(),
+            queued,
+            queued_bytes,
+            last_offset: row.last_offset,
+            sent_to: row.sent_to,
+            dropped: row.dropped,
+        });
+    }
+    Ok(sessions)
 }
 
 async fn subscriptions(db: &mut PgConnection) -> Result<HashMap<SessionId, Vec<Subscription>>> {

@@ -17,8 +17,10 @@ use uuid::Uuid;
 use crate::clock::Clock;
 use crate::config::Secret;
 use crate::error::{Error, Result};
-use crate::id::{TenantId, TenantKey, UserId};
-use crate::policy::{Principal, Proof, Role, Who};
+use crate::id::UserId;
+use crate::policy::{Principal, Proof};
+use crate::role::Roles;
+use crate::{api_key, standing};
 
 /// Longest token that is looked at, in bytes.
 pub const MAX_TOKEN_BYTES: usize = 4096;
@@ -33,6 +35,7 @@ pub struct Keys {
     clock: Clock,
     lifetime: TimeDelta,
     ring: RwLock<Ring>,
+    roles: Roles,
 }
 
 struct Ring {
@@ -68,7 +71,12 @@ impl Keys {
         let now = clock.now();
         make_first(db, now).await?;
         let ring = RwLock::new(read(db, lifetime, now).await?);
-        Ok(Self { clock, lifetime, ring })
+        Ok(Self { clock, lifetime, ring, roles: Roles::default() })
+    }
+
+    /// The roles that principals have, which live as long as the keys.
+    pub fn roles(&self) -> &Roles {
+        &self.roles
     }
 
     /// A token for a user, valid from now on.
@@ -132,24 +140,18 @@ fn validation() -> Validation {
     validation
 }
 
-/// Who stands behind a token: a user that still exists and is not disabled, with the role it has now.
-pub async fn principal(db: &mut PgConnection, keys: &Keys, token: &str, now: DateTime<Utc>) -> Result<Principal> {
-    let (user, expires_at) = keys.user(db, token, now).await?;
-    let row = sqlx::query!(
-        r#"
-        select t.key as "tenant: TenantKey", t.id as "tenant_id: TenantId", u.role
-          from app_user u
-          join tenant t on t.key = u.tenant_key
-         where u.id = $1 and not u.disabled
-        "#,
-        user.uuid()
-    )
-    .fetch_optional(db)
-    .await?
-    .ok_or(Error::BadToken("its user is gone or disabled"))?;
-    let role = row.role.as_deref().and_then(Role::of_user);
-    let proof = Proof { credential: None, valid_until: Some(expires_at) };
-    Ok(Principal { tenant: row.tenant, tenant_id: row.tenant_id, who: Who::User { id: user, role }, proof })
+/// Who stands behind what was shown as a bearer: an access token, or an API key. It is a user that still exists and is
+/// not disabled, with the role that it or the key has now.
+pub async fn principal(db: &mut PgConnection, keys: &Keys, bearer: &str, now: DateTime<Utc>) -> Result<Principal> {
+    if bearer.starts_with(api_key::PREFIX) {
+        let refused = Error::BadToken("no API key, or one that has ended");
+        let Some((user, key)) = api_key::shown(db, bearer).await? else { return Err(refused) };
+        return standing::of(db, &keys.roles, user, Some(key), now).await?.principal().ok_or(refused);
+    }
+    let (user, expires_at) = keys.user(db, bearer, now).await?;
+    let found = standing::of(db, &keys.roles, user, None, now).await?.principal();
+    let found = found.ok_or(Error::BadToken("its user is gone or disabled"))?;
+    Ok(Principal { proof: Proof { credential: None, valid_until: Some(expires_at) }, ..found })
 }
 
 /// Makes a key unless there is one. Two processes may both make theirs; both keys are then accepted everywhere.
@@ -207,6 +209,7 @@ mod tests {
 
     use super::*;
     use crate::clock::from_ms;
+    use crate::policy::{Role, Who};
     use crate::testing::TestDb;
     use crate::user;
 
@@ -244,7 +247,7 @@ mod tests {
         assert_eq!(issued.expires_in_s, 900);
         let token = issued.token.expose();
         let found = principal(&mut *conn(&db).await, &keys, token, from_ms(NOON + 899_000)).await.unwrap();
-        assert_eq!(found.who, Who::User { id: user, role: Some(Role::Admin) });
+        assert_eq!(found.who, Who::User { id: user, key: None, role: Some(Role::Admin), platform: true });
         assert_eq!(found.tenant, db.tenant());
         assert_eq!(refusal(&db, &keys, token, from_ms(NOON + 900_000)).await, "expired");
     }
@@ -309,7 +312,7 @@ mod tests {
         let token = keys.sign(user).unwrap().token;
         sqlx::query!("update app_user set role = null").execute(db.pool()).await.unwrap();
         let found = principal(&mut *conn(&db).await, &keys, token.expose(), clock.now()).await.unwrap();
-        assert_eq!(found.who, Who::User { id: user, role: None });
+        assert_eq!(found.who, Who::User { id: user, key: None, role: None, platform: true });
         sqlx::query!("update app_user set disabled = true").execute(db.pool()).await.unwrap();
         assert_eq!(refusal(&db, &keys, token.expose(), clock.now()).await, "its user is gone or disabled");
         sqlx::query!("delete from app_user").execute(db.pool()).await.unwrap();

@@ -102,7 +102,7 @@ fn is_of_tenant(filter: &str, tenant: &TenantId) -> bool {
 }
 
 /// The rules of a role, checked and compiled; the same for everyone who has the role.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct RuleSet {
     allow_publish: FilterSet,
     deny_publish: FilterSet,

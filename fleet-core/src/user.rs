@@ -1,6 +1,8 @@
 //! Users: the people who log in.
 //!
-//! The first is made by [`ensure_admin`]; everyone enters by [`Logins::login`]. Holds: passwords are kept as Argon2id
+//! The first is made by [`ensure_admin`], others by [`create`]; everyone enters by [`Logins::login`]. Holds: a tenant
+//! keeps an enabled admin, and the server one with platform standing; who has that, or a role of the platform, is
+//! changed only by those who have it (ADR 5); passwords are kept as Argon2id
 //! (RFC 9106) only; a login does the same work whether or not the user exists, so its time tells nothing; hashing is
 //! bounded in memory, and what exceeds a short queue is refused instead of waiting. Ignorant of: HTTP, tokens.
 
@@ -12,13 +14,16 @@ use argon2::password_hash::{PasswordHasher, PasswordVerifier};
 use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, PgPool};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use uuid::Uuid;
 
 use crate::clock::Clock;
-use crate::config::Secret;
+use crate::config::{Auth, Secret};
 use crate::credential::random_secret;
-use crate::database;
-use crate::error::{Error, Result};
-use crate::id::{TenantId, UserId};
+use crate::error::{Error, OrOn, Result, check_version};
+use crate::id::{RoleId, TenantId, TenantKey, UserId};
+use crate::policy::Manager;
+use crate::role::{self, Assignable};
+use crate::{control, database};
 
 /// Logins that may wait for one of the hashes being computed; one more is refused with [`Error::Busy`].
 pub const LOGIN_QUEUE: usize = 16;
@@ -33,6 +38,11 @@ pub const DEFAULT_ADMIN_EMAIL: &str = "admin@example.com";
 const NOBODY: &str =
     "$argon2id$v=19$m=19456,t=2,p=1$aW1cWuUeMkP/gtHhOTnXBw$MB+ASxVRAS/Zsd8Un6WZ92lozKzP2CD1Iq6RLiFTqaM";
 
+/// Shortest password of a user, in characters; the first administrator's is not looked at.
+pub const MIN_PASSWORD_CHARS: usize = 8;
+/// Most users on a page.
+pub const MAX_PAGE: usize = 1000;
+
 /// A user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
@@ -44,8 +54,63 @@ pub struct User {
     pub email: String,
     /// The role by name; without one a user may log in and do nothing else.
     pub role: Option<String>,
+    /// Whether the role is one of the platform.
+    pub platform_role: bool,
+    /// Whether the user stands above tenants: may make roles of the platform and give them away.
+    pub platform: bool,
+    /// A disabled user may not log in, and is out at once.
+    pub disabled: bool,
+    /// Rises with every change.
+    pub version: i64,
     /// When the user was made.
     pub created_at: DateTime<Utc>,
+    /// When the user was last changed.
+    pub updated_at: DateTime<Utc>,
+}
+
+impl User {
+    fn is_admin(&self) -> bool {
+        self.role.as_deref() == Some("admin") && !self.disabled
+    }
+
+    fn has_standing(&self) -> bool {
+        self.is_admin() && self.platform
+    }
+
+    /// What only who has platform standing may touch: else a tenant's admin would take it by a new password.
+    fn is_above(&self) -> bool {
+        self.platform || self.platform_role
+    }
+}
+
+/// A user to be made.
+#[derive(Debug, Clone)]
+pub struct NewUser {
+    /// The address to log in with.
+    pub email: String,
+    /// The PHC string of the password, of [`Logins::hash`].
+    pub password_hash: String,
+    /// The role, if any.
+    pub role: Option<RoleId>,
+    /// Whether the user stands above tenants; with the role `admin` only.
+    pub platform: bool,
+    /// Whether the user may not log in yet.
+    pub disabled: bool,
+}
+
+/// What to change of a user: what is `None` stays.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Patch {
+    /// The address to log in with.
+    pub email: Option<String>,
+    /// The PHC string of a new password, of [`Logins::hash`].
+    pub password_hash: Option<String>,
+    /// The role; inner `None` takes it.
+    pub role: Option<Option<RoleId>>,
+    /// Whether the user stands above tenants; with the role `admin` only.
+    pub platform: Option<bool>,
+    /// Whether the user may not log in.
+    pub disabled: Option<bool>,
 }
 
 /// The user made at the first start.
@@ -78,8 +143,8 @@ pub async fn ensure_admin(
     let hash = hash(password.clone()).await?;
     let made = sqlx::query!(
         "
-        insert into app_user (id, tenant_key, email, password_hash, role, created_at)
-        select $1, $2, $3, $4, 'admin', $5
+        insert into app_user (id, tenant_key, email, password_hash, role, platform, created_at, updated_at)
+        select $1, $2, $3, $4, 'admin', true, $5, $5
          where not exists (select from app_user)
             on conflict do nothing
         ",
@@ -94,21 +159,206 @@ pub async fn ensure_admin(
     Ok((made.rows_affected() == 1).then(|| FirstAdmin { email: email.to_owned(), password, generated }))
 }
 
-/// The user of that id.
+/// The user of that id, in whatever tenant.
 pub async fn find(db: &mut PgConnection, id: UserId) -> Result<Option<User>> {
-    let user = sqlx::query_as!(
+    Ok(read(db, &[id.uuid()]).await?.pop())
+}
+
+/// The user of that id, in this tenant.
+pub async fn find_in(db: &mut PgConnection, tenant: TenantKey, id: UserId) -> Result<User> {
+    let here = sqlx::query!("select id from app_user where id = $1 and tenant_key = $2", id.uuid(), tenant.0);
+    let here = here.fetch_optional(&mut *db).await?.is_some();
+    let user = if here { find(db, id).await? } else { None };
+    user.ok_or(Error::NoSuchUser(id))
+}
+
+async fn read(db: &mut PgConnection, ids: &[Uuid]) -> Result<Vec<User>> {
+    let users = sqlx::query_as!(
         User,
         r#"
-        select u.id as "id: UserId", t.id as "tenant: TenantId", u.email, u.role, u.created_at
+        select u.id as "id: UserId", t.id as "tenant: TenantId", u.email, coalesce(u.role, r.id) as role,
+               coalesce(r.tenant_key is null and r.key is not null, false) as "platform_role!",
+               u.platform, u.disabled, u.version, u.created_at, u.updated_at
           from app_user u
           join tenant t on t.key = u.tenant_key
-         where u.id = $1
+          left join role r on r.key = u.role_key
+         where u.id = any($1)
+         order by u.id
         "#,
-        id.uuid()
+        ids
     )
-    .fetch_optional(db)
+    .fetch_all(db)
     .await?;
+    Ok(users)
+}
+
+/// At most `limit` (itself at most [`MAX_PAGE`]) users in the order they were made, beginning behind `after`.
+pub async fn page(
+    db: &mut PgConnection,
+    tenant: TenantKey,
+    after: Option<UserId>,
+    limit: usize,
+) -> Result<(Vec<User>, Option<UserId>)> {
+    let limit = limit.clamp(1, MAX_PAGE);
+    let mut ids = sqlx::query_scalar!(
+        "select id from app_user where tenant_key = $1 and ($2::uuid is null or id > $2) order by id limit $3",
+        tenant.0,
+        after.map(UserId::uuid),
+        i64::try_from(limit + 1).expect("limit is at most MAX_PAGE")
+    )
+    .fetch_all(&mut *db)
+    .await?;
+    let more = ids.len() > limit;
+    ids.truncate(limit);
+    let users = read(db, &ids).await?;
+    let next = users.last().filter(|_| more).map(|user| user.id);
+    Ok((users, next))
+}
+
+/// Makes a user. To be called in a transaction.
+pub async fn create(
+    db: &mut PgConnection,
+    by: Manager,
+    new: &NewUser,
+    auth: &Auth,
+    now: DateTime<Utc>,
+) -> Result<User> {
+    check_standing(by, new.platform, new.role.as_ref())?;
+    role::lock(db, Some(by.tenant)).await?;
+    let count = sqlx::query_scalar!(r#"select count(*) as "count!" from app_user where tenant_key = $1"#, by.tenant.0);
+    if usize::try_from(count.fetch_one(&mut *db).await?).is_ok_and(|count| count >= auth.max_users) {
+        return Err(Error::TooMany { what: "users", most: auth.max_users });
+    }
+    let role = assigned(db, by, new.role.as_ref()).await?;
+    let id = UserId::new();
+    sqlx::query!(
+        "
+        insert into app_user (id, tenant_key, email, password_hash, role, role_key, platform, disabled, created_at, updated_at)
+        values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $9)
+        ",
+        id.uuid(),
+        by.tenant.0,
+        checked_email(&new.email)?,
+        new.password_hash,
+        role.and_then(|role| role.built_in),
+        role.and_then(|role| role.key),
+        new.platform,
+        new.disabled,
+        now
+    )
+    .execute(&mut *db)
+    .await
+    .or_on("app_user_email_key", || Error::EmailTaken)?;
+    find_in(db, by.tenant, id).await
+}
+
+/// Changes a user, if its version is one of `expected` or none is. To be called in a transaction.
+pub async fn update(
+    db: &mut PgConnection,
+    by: Manager,
+    id: UserId,
+    patch: &Patch,
+    expected: &[i64],
+    now: DateTime<Utc>,
+) -> Result<User> {
+    let old = locked(db, by, id, expected).await?;
+    if *patch == Patch::default() {
+        return Ok(old);
+    }
+    let platform = patch.platform.unwrap_or(old.platform);
+    let role = match &patch.role {
+        Some(role) => role.clone(),
+        None => old.role.clone().map(RoleId::try_from).transpose()?,
+    };
+    if patch.platform.is_some() || patch.role.is_some() {
+        check_standing(by, platform, role.as_ref())?;
+    }
+    let role = assigned(db, by, role.as_ref()).await?;
+    sqlx::query!(
+        "
+        update app_user
+           set email = coalesce($2, email), password_hash = coalesce($3, password_hash), role = $4, role_key = $5,
+               platform = $6, disabled = coalesce($7, disabled), version = version + 1, updated_at = $8
+         where id = $1
+        ",
+        id.uuid(),
+        patch.email.as_deref().map(checked_email).transpose()?,
+        patch.password_hash,
+        role.and_then(|role| role.built_in),
+        role.and_then(|role| role.key),
+        platform,
+        patch.disabled,
+        now
+    )
+    .execute(&mut *db)
+    .await
+    .or_on("app_user_email_key", || Error::EmailTaken)?;
+    let new = find_in(db, by.tenant, id).await?;
+    check_somebody_is_left(db, by.tenant, &old, Some(&new)).await?;
+    control::bump(db).await?;
+    Ok(new)
+}
+
+/// Deletes a user with its API keys, if its version is one of `expected` or none is. To be called in a transaction.
+pub async fn delete(db: &mut PgConnection, by: Manager, id: UserId, expected: &[i64]) -> Result<()> {
+    let old = locked(db, by, id, expected).await?;
+    sqlx::query!("delete from app_user where id = $1", id.uuid()).execute(&mut *db).await?;
+    check_somebody_is_left(db, by.tenant, &old, None).await?;
+    control::bump(db).await
+}
+
+/// The user, who stands still until the transaction ends.
+async fn locked(db: &mut PgConnection, by: Manager, id: UserId, expected: &[i64]) -> Result<User> {
+    role::lock(db, Some(by.tenant)).await?;
+    let user = find_in(db, by.tenant, id).await?;
+    if user.is_above() && !by.platform {
+        return Err(Error::NotPlatform("change a user who has it, or who has a role of the platform"));
+    }
+    check_version(user.version, expected)?;
     Ok(user)
+}
+
+fn check_standing(by: Manager, platform: bool, role: Option<&RoleId>) -> Result<()> {
+    if platform && !by.platform {
+        return Err(Error::NotPlatform("give it to others"));
+    }
+    if platform && role.is_none_or(|role| role.as_str() != "admin") {
+        return Err(Error::Invalid("platform: expected false, or the role admin beside it".into()));
+    }
+    Ok(())
+}
+
+async fn assigned(db: &mut PgConnection, by: Manager, role: Option<&RoleId>) -> Result<Option<Assignable>> {
+    match role {
+        Some(role) => role::assignable(db, by, role).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Refuses a change that takes the last admin of a tenant, or the last with platform standing.
+async fn check_somebody_is_left(
+    db: &mut PgConnection,
+    tenant: TenantKey,
+    old: &User,
+    new: Option<&User>,
+) -> Result<()> {
+    let left = sqlx::query!(
+        r#"
+        select count(*) filter (where tenant_key = $1) as "admins!", count(*) filter (where platform) as "above!"
+          from app_user
+         where role = 'admin' and not disabled
+        "#,
+        tenant.0
+    )
+    .fetch_one(db)
+    .await?;
+    if left.admins == 0 && old.is_admin() && !new.is_some_and(User::is_admin) {
+        return Err(Error::LastAdmin("admin of the tenant"));
+    }
+    if left.above == 0 && old.has_standing() && !new.is_some_and(User::has_standing) {
+        return Err(Error::LastAdmin("admin with platform standing"));
+    }
+    Ok(())
 }
 
 /// The one entrance for people, and its bound: each hash takes 19 MiB and some 20 ms of a core.
@@ -146,6 +396,17 @@ impl Logins {
             Some(id) if right => find(&mut *db.acquire().await?, id.into()).await?.ok_or(Error::BadLogin),
             _ => Err(Error::BadLogin),
         }
+    }
+
+    /// The PHC string of a password that somebody chose, computed within the same bounds as a login.
+    pub async fn hash(&self, password: &Secret) -> Result<String> {
+        let _inside = self.inside.try_acquire().map_err(|_| Error::Busy("logins"))?;
+        if password.expose().chars().count() < MIN_PASSWORD_CHARS {
+            let least = format!("password is too short: expected at least {MIN_PASSWORD_CHARS} characters");
+            return Err(Error::Invalid(least));
+        }
+        let _slot = self.hashing.acquire().await.map_err(|_| Error::Busy("logins"))?;
+        hash(password.clone()).await
     }
 }
 

@@ -152,7 +152,18 @@ impl Fleet {
 
     /// Calls the REST API as the admin.
     pub(crate) async fn call(&self, method: Method, path: &str, body: Option<Value>) -> (StatusCode, Value) {
-        let mut request = self.http.request(method, format!("{}{path}", self.url)).bearer_auth(&self.token);
+        self.call_as(&self.token, method, path, body).await
+    }
+
+    /// Calls the REST API with this access token or API key.
+    pub(crate) async fn call_as(
+        &self,
+        bearer: &str,
+        method: Method,
+        path: &str,
+        body: Option<Value>,
+    ) -> (StatusCode, Value) {
+        let mut request = self.http.request(method, format!("{}{path}", self.url)).bearer_auth(bearer);
         if let Some(body) = body {
             request = request.json(&body);
         }
@@ -175,6 +186,25 @@ impl Fleet {
         assert_eq!(status, StatusCode::CREATED, "{answer}");
         let text = |name: &str| answer["credential"][name].as_str().expect(name).to_owned();
         Device { id: id.to_owned(), username: text("username"), password: text("password") }
+    }
+
+    /// A resource that is made with this body.
+    pub(crate) async fn make(&self, path: &str, body: Value) -> Value {
+        let (status, answer) = self.call(Method::POST, path, Some(body)).await;
+        assert_eq!(status, StatusCode::CREATED, "{path}: {answer}");
+        answer
+    }
+
+    /// MQTT user name and password of an application that may use every topic but `test/nosubscribe`: what the Eclipse
+    /// Paho interoperability suite runs under. They do not expire during a test.
+    pub(crate) async fn platform_user(&self) -> (String, String) {
+        let rules = json!([
+            { "effect": "allow", "action": "all", "filter": "#" },
+            { "effect": "deny", "action": "all", "filter": "test/nosubscribe" },
+        ]);
+        self.make("/api/v1/roles", json!({ "id": "every-topic", "platform": true, "topic_rules": rules })).await;
+        let key = self.make("/api/v1/api-keys", json!({ "name": "interoperability", "role": "every-topic" })).await;
+        ("interoperability".to_owned(), key["secret"].as_str().expect("a secret").to_owned())
     }
 
     /// All readings of a metric: time and value.

@@ -54,7 +54,7 @@ pub(crate) async fn login(State(app): State<App>, Json(login): Json<Login>) -> R
     Ok(Json(LoggedIn { access_token, token_type: "Bearer", expires_in: token.expires_in_s }))
 }
 
-/// The user behind the access token.
+/// The user behind the access token or API key.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct Me {
     /// The user's id.
@@ -65,10 +65,15 @@ pub(crate) struct Me {
     /// The tenant the user belongs to.
     #[schema(example = "main")]
     tenant: String,
-    /// The user's role; null when none is bound.
+    /// The role of the user or of the API key; null: none.
     #[schema(example = "admin")]
     role: Option<String>,
-    /// What the user may do.
+    /// Whether the caller has platform standing.
+    platform: bool,
+    /// The API key, when one was shown in place of an access token.
+    #[schema(example = "key_019360f0c7f97d2a8b3c5d6e7f809a1b")]
+    api_key: Option<String>,
+    /// What the caller may do.
     #[schema(example = json!(["devices:read"]))]
     permissions: Vec<&'static str>,
 }
@@ -86,7 +91,9 @@ pub(crate) async fn me(State(app): State<App>, caller: Caller) -> Result<Json<Me
         id: user.id.to_string(),
         email: user.email,
         tenant: user.tenant.to_string(),
-        role: user.role,
+        role: caller.role().map(str::to_owned),
+        platform: caller.manager().platform,
+        api_key: caller.key.map(|key| key.to_string()),
         permissions,
     }))
 }

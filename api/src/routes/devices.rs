@@ -10,13 +10,14 @@ use chrono::{DateTime, Utc};
 use fleet_core::device::{self, Device, DeviceType, Filter, GroupPath, Labels, MAX_PAGE, NewDevice, Patch};
 use fleet_core::id::DeviceId;
 use fleet_core::status::{self, DeviceStatus};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
 use utoipa::{IntoParams, ToSchema};
 
 use crate::extract::{
     Can, Conditions, DevicesRead, DevicesWrite, FromQuery, Json, MergePatch, Once, Params, Path, Query, Replayed,
+    given, not_null,
 };
 use crate::page::{Cursor, Page};
 use crate::problem::{Document, Problem};
@@ -415,16 +416,6 @@ pub(crate) struct Change {
     #[serde(default, deserialize_with = "not_null")]
     #[schema(value_type = bool)]
     disabled: Option<bool>,
-}
-
-/// Tells null from what was left out.
-#[expect(clippy::option_option, reason = "left out, null, a value")]
-fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<Option<T>>, D::Error> {
-    Option::deserialize(deserializer).map(Some)
-}
-
-fn not_null<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
-    T::deserialize(deserializer).map(Some)
 }
 
 /// Change a device

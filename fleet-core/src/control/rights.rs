@@ -1,14 +1,14 @@
 //! Whether those who are connected may still be.
 
-use std::collections::HashMap;
-
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::Result;
-use crate::id::{CredentialId, UserId};
-use crate::policy::{Principal, Role, Who};
+use crate::id::CredentialId;
+use crate::policy::{Principal, Who};
+use crate::role::Roles;
+use crate::standing::{self, Standing};
 
 /// Why a principal may not stay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub enum Ended {
     UserDeleted,
     /// Its user was disabled.
     UserDisabled,
+    /// Its API key exists no more.
+    KeyDeleted,
 }
 
 impl Ended {
@@ -34,12 +36,13 @@ impl Ended {
             Self::CredentialEnded => "the credential was revoked",
             Self::UserDeleted => "the user was deleted",
             Self::UserDisabled => "the user was disabled",
+            Self::KeyDeleted => "the API key was deleted",
         }
     }
 
     /// Whether whoever it was will never come again.
     pub fn is_for_good(self) -> bool {
-        matches!(self, Self::DeviceDeleted | Self::UserDeleted)
+        matches!(self, Self::DeviceDeleted | Self::UserDeleted | Self::KeyDeleted)
     }
 }
 
@@ -55,14 +58,15 @@ pub enum Verdict {
 }
 
 /// Looks at principals again: for each, by its place, whose standing is not what it was. One statement for all devices,
-/// one for all users.
+/// one for all users and API keys.
 pub async fn recheck(
     db: &mut PgConnection,
+    roles: &Roles,
     principals: &[&Principal],
     now: DateTime<Utc>,
 ) -> Result<Vec<(usize, Verdict)>> {
     let mut verdicts = devices(db, principals, now).await?;
-    verdicts.extend(users(db, principals).await?);
+    verdicts.extend(users(db, roles, principals, now).await?);
     Ok(verdicts)
 }
 
@@ -116,38 +120,33 @@ async fn devices(
     Ok(verdicts.collect())
 }
 
-async fn users(db: &mut PgConnection, principals: &[&Principal]) -> Result<Vec<(usize, Verdict)>> {
-    let mut ids: Vec<Uuid> = principals.iter().filter_map(|principal| user(principal)).map(UserId::uuid).collect();
-    ids.sort_unstable();
-    ids.dedup();
-    if ids.is_empty() {
-        return Ok(Vec::new());
-    }
-    let rows = sqlx::query!(r#"select id as "id: UserId", disabled, role from app_user where id = any($1)"#, &ids)
-        .fetch_all(db)
-        .await?;
-    let standing: HashMap<UserId, _> = rows.into_iter().map(|row| (row.id, (row.disabled, row.role))).collect();
-    let judge = |principal: &Principal| match standing.get(&user(principal)?) {
-        None => Some(Verdict::Ended(Ended::UserDeleted)),
-        Some((true, _)) => Some(Verdict::Ended(Ended::UserDisabled)),
-        Some((false, role)) => with_role(principal, role.as_deref().and_then(Role::of_user)).map(Verdict::Changed),
-    };
-    Ok(principals.iter().enumerate().filter_map(|(place, principal)| Some((place, judge(principal)?))).collect())
-}
-
-fn user(principal: &Principal) -> Option<UserId> {
-    match &principal.who {
-        Who::User { id, .. } => Some(*id),
-        Who::Device { .. } => None,
-    }
-}
-
-/// The principal with another role than it has; `None` when it has just that.
-fn with_role(principal: &Principal, new: Option<Role>) -> Option<Principal> {
-    match &principal.who {
-        Who::User { id, role } if *role != new => {
-            Some(Principal { who: Who::User { id: *id, role: new }, ..principal.clone() })
+async fn users(
+    db: &mut PgConnection,
+    roles: &Roles,
+    principals: &[&Principal],
+    now: DateTime<Utc>,
+) -> Result<Vec<(usize, Verdict)>> {
+    let (mut places, mut asked) = (Vec::new(), Vec::new());
+    for (place, principal) in principals.iter().enumerate() {
+        if let Who::User { id, key, .. } = &principal.who {
+            places.push(place);
+            asked.push((*id, *key));
         }
-        _ => None,
+    }
+    let standings = standing::of_many(db, roles, &asked, now).await?;
+    let judged = places.into_iter().zip(standings);
+    Ok(judged.filter_map(|(place, now)| Some((place, judge(principals[place], now)?))).collect())
+}
+
+fn judge(principal: &Principal, now: Standing) -> Option<Verdict> {
+    match now {
+        Standing::UserDeleted => Some(Verdict::Ended(Ended::UserDeleted)),
+        Standing::UserDisabled => Some(Verdict::Ended(Ended::UserDisabled)),
+        Standing::KeyDeleted => Some(Verdict::Ended(Ended::KeyDeleted)),
+        Standing::KeyEnded => Some(Verdict::Ended(Ended::CredentialEnded)),
+        // The proof is what the connection came by.
+        Standing::Stands(now) => {
+            (now.who != principal.who).then(|| Verdict::Changed(Principal { who: now.who, ..principal.clone() }))
+        }
     }
 }

@@ -11,6 +11,7 @@ use crate::credential;
 use crate::device::{self, NewDevice, Patch};
 use crate::id::{ConnectionId, DeviceId, TenantKey, UserId};
 use crate::policy::{Principal, Proof, Role, Who};
+use crate::role::Roles;
 use crate::testing::TestDb;
 use crate::user;
 
@@ -73,7 +74,7 @@ async fn connected(db: &TestDb) -> Principal {
 
 async fn verdict(db: &TestDb, principal: &Principal, now: DateTime<Utc>) -> Option<Verdict> {
     let mut conn = db.pool().acquire().await.unwrap();
-    let mut verdicts = recheck(&mut conn, &[principal], now).await.unwrap();
+    let mut verdicts = recheck(&mut conn, &Roles::default(), &[principal], now).await.unwrap();
     assert!(verdicts.len() <= 1 && verdicts.iter().all(|(place, _)| *place == 0), "{verdicts:?}");
     verdicts.pop().map(|(_, verdict)| verdict)
 }
@@ -134,13 +135,13 @@ async fn a_user_is_looked_at_again_too() {
     let admin = Principal {
         tenant: db.tenant(),
         tenant_id: "main".parse().unwrap(),
-        who: Who::User { id, role: Some(Role::Admin) },
+        who: Who::User { id, key: None, role: Some(Role::Admin), platform: true },
         proof: Proof::default(),
     };
     assert_eq!(verdict(&db, &admin, from_ms(NOON)).await, None);
     sqlx::query!("update app_user set role = null").execute(&mut *conn).await.unwrap();
     let Some(Verdict::Changed(changed)) = verdict(&db, &admin, from_ms(NOON)).await else { panic!("the role is gone") };
-    assert_eq!(changed.who, Who::User { id, role: None });
+    assert_eq!(changed.who, Who::User { id, key: None, role: None, platform: true });
     assert_eq!(verdict(&db, &changed, from_ms(NOON)).await, None);
     sqlx::query!("update app_user set disabled = true").execute(&mut *conn).await.unwrap();
     assert_eq!(verdict(&db, &admin, from_ms(NOON)).await, Some(Verdict::Ended(Ended::UserDisabled)));
@@ -153,13 +154,15 @@ async fn of_many_each_gets_its_own_verdict() {
     let db = TestDb::new().await;
     let well = connected(&db).await;
     let gone = Principal { who: Who::Device { key: crate::id::DeviceKey(-1), id: boiler() }, ..well.clone() };
-    let nobody = Principal { who: Who::User { id: UserId::new(), role: None }, ..well.clone() };
+    let nobody =
+        Principal { who: Who::User { id: UserId::new(), key: None, role: None, platform: false }, ..well.clone() };
     let mut conn = db.pool().acquire().await.unwrap();
-    let mut verdicts = recheck(&mut conn, &[&well, &gone, &nobody, &well, &gone], from_ms(NOON)).await.unwrap();
+    let mut verdicts =
+        recheck(&mut conn, &Roles::default(), &[&well, &gone, &nobody, &well, &gone], from_ms(NOON)).await.unwrap();
     verdicts.sort_by_key(|(place, _)| *place);
     let deleted = Verdict::Ended(Ended::DeviceDeleted);
     assert_eq!(verdicts, [(1, deleted.clone()), (2, Verdict::Ended(Ended::UserDeleted)), (4, deleted)]);
-    assert_eq!(recheck(&mut conn, &[], from_ms(NOON)).await.unwrap(), []);
+    assert_eq!(recheck(&mut conn, &Roles::default(), &[], from_ms(NOON)).await.unwrap(), []);
 }
 
 // Questions

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::clock::Clock;
-use crate::policy::Permission;
+use crate::policy::{Permission, Role};
 use crate::telemetry::fixture::{NOW, enrol};
 use crate::testing::TestDb;
 use crate::{retained, user};
@@ -160,7 +160,7 @@ async fn admin(fleet: &mut Fleet) -> Principal {
     let conn = &mut fleet.conn;
     user::ensure_admin(conn, None, Some(&"correct horse".to_owned().into()), &Clock::system()).await.unwrap().unwrap();
     let id = sqlx::query_scalar!(r#"select id as "id: UserId" from app_user"#).fetch_one(&mut *conn).await.unwrap();
-    Principal { who: Who::User { id, role: Some(Role::Admin) }, ..fleet.owner.clone() }
+    Principal { who: Who::User { id, key: None, role: Some(Role::Admin), platform: true }, ..fleet.owner.clone() }
 }
 
 #[tokio::test]

@@ -87,7 +87,14 @@ async fn a_session_is_told_with_what_it_wants_and_what_waits() {
 async fn a_users_session_that_never_ends_is_told_as_such() {
     let api = Api::start().await;
     let mut db = api.db.pool().acquire().await.unwrap();
-    let id = begin(&mut db, api.db.tenant(), &Who::User { id: api.admin, key: None, platform: false, role: None }, "console", NEVER).await;
+    let id = begin(
+        &mut db,
+        api.db.tenant(),
+        &Who::User { id: api.admin, key: None, platform: false, role: None },
+        "console",
+        NEVER,
+    )
+    .await;
     let told = api.get(&format!("{PATH}/{id}")).await.expect(200).body;
     assert_eq!((&told["user"], &told["device"], &told["expiry_s"]), (&json!(EMAIL), &Value::Null, &Value::Null));
 }

@@ -161,6 +161,8 @@ async fn a_full_queue_is_told_to_its_client_and_no_publisher_suffers() {
     let (mut reader, again) = connect(&fleet, kept).await;
     assert_eq!(users(&again.properties), [("dropped-messages", "2")]);
     assert_eq!(texts(&reader.messages(3).await), ["0", "1", "2"]);
+    let waiting = async || fleet.get("/api/v1/sessions").await["items"][0]["queued_messages"].clone();
+    fleet.eventually(waiting, |messages| *messages == 0).await;
     publisher.publish(message(1, "room again")).await;
     assert_eq!(reader.message().await.text(), "room again");
 }

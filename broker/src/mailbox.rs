@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 
 use crate::metrics::{Limit, Metrics};
 use crate::router::GroupKey;
+use crate::rows;
 use crate::wire::{Publish, QoS, Reason};
 
 /// Why the broker closes a connection from outside of it.
@@ -67,9 +68,9 @@ impl Delivery {
         Self { publish, accepted, offset: None, stage: Stage::Fresh, group: None }
     }
 
-    /// A bound must hold for what a message costs, not only for its payload.
+    /// What it counts against a bound.
     fn bytes(&self) -> usize {
-        self.publish.payload.len() + self.publish.topic.len() + 64
+        rows::cost(&self.publish)
     }
 
     /// Takes the time it waited off its expiry; `false` when it has expired. One whose delivery has begun does not

@@ -13,6 +13,7 @@ use parking_lot::RwLock;
 
 use crate::mailbox::Delivery;
 use crate::metrics::{Limit, Metrics};
+use crate::rows::cost;
 use crate::wire::Publish;
 
 /// Topics looked at while the map is locked.
@@ -124,10 +125,6 @@ impl Retained {
 
 fn has_expired(publish: &Publish, accepted: Instant) -> bool {
     publish.message_expiry_s().is_some_and(|expiry_s| accepted.elapsed().as_secs() >= u64::from(expiry_s))
-}
-
-fn cost(publish: &Publish) -> usize {
-    publish.payload.len() + publish.topic.len() + 64
 }
 
 #[cfg(test)]

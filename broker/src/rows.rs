@@ -100,10 +100,16 @@ pub(crate) fn delivery(queued: Queued, sent_to: i64, now: Now) -> Delivery {
     Delivery { offset: Some(queued.offset), stage, ..Delivery::new(publish, accepted) }
 }
 
-/// What a message counts for in the queue of a session, as the database counts it.
+/// What a message counts for wherever messages are kept, as the database counts it ([`session::row_bytes`]): a bound
+/// must hold for what a message costs, not only for its payload.
+pub(crate) fn cost(publish: &Publish) -> usize {
+    let properties = publish.properties.as_ref().map_or(0, |properties| properties.bytes());
+    session::ROW_BYTES + publish.topic.len() + publish.payload.len() + properties
+}
+
+/// [`cost`], as the numbers of a session's queue have it.
 pub(crate) fn queue_bytes(publish: &Publish) -> i64 {
-    let bytes = publish.payload.len() + publish.topic.len() + 64;
-    i64::try_from(bytes).unwrap_or(i64::MAX)
+    i64::try_from(cost(publish)).unwrap_or(i64::MAX)
 }
 
 /// A subscription as it is stored.
@@ -160,6 +166,8 @@ mod tests {
         let (back, accepted_back) = publish(message(&sent, accepted, now), now);
         assert_eq!(back, sent);
         assert_eq!(accepted_back, accepted);
+        assert_eq!(session::row_bytes(&message(&sent, accepted, now)), cost(&sent) as u64, "one rule for both");
+        assert_eq!(cost(&sent), session::ROW_BYTES + 4 + 2 + 10 + 10 + 3 + 4);
         let plain = Publish::new("b".into(), Bytes::new(), QoS::AtLeastOnce, false);
         assert_eq!(publish(message(&plain, accepted, now), now).0, plain);
     }

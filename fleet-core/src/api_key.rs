@@ -2,7 +2,7 @@
 //!
 //! Made by [`create`], shown by [`page`], ended by [`delete`] or their expiry; [`crate::token::principal`] takes one
 //! wherever an access token is taken. Holds: the secret is never stored, only its SHA-256 (256 random bits need no slow
-//! hash). A key is worth as much as its user's right to make it, see [`crate::standing`]. Ignorant of: MQTT, HTTP.
+//! hash). A key is worth as much as its user's right to make it, see `standing.rs`. Ignorant of: MQTT, HTTP.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use sha2::{Digest, Sha256};

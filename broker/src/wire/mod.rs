@@ -247,6 +247,14 @@ pub struct PublishProperties {
 }
 
 impl PublishProperties {
+    /// How many bytes their texts and data take.
+    pub fn bytes(&self) -> usize {
+        let text = |text: &Option<ByteString>| text.as_ref().map_or(0, |text| text.len());
+        let pairs = self.user_properties.iter().map(|(name, value)| name.len() + value.len());
+        let data = self.correlation_data.as_ref().map_or(0, Bytes::len);
+        text(&self.content_type) + text(&self.response_topic) + data + pairs.sum::<usize>()
+    }
+
     fn detached(&self) -> Self {
         Self {
             payload_is_utf8: self.payload_is_utf8,

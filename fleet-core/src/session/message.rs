@@ -60,10 +60,21 @@ pub struct Will {
     pub delay_s: u32,
 }
 
-/// What a message counts against the limits of a queue: its topic, its payload, and [`ROW_BYTES`] for the rest. Kept with the
-/// row, so what SQL adds up is the same.
+impl Properties {
+    /// What they count against the limits of a queue: their texts and bytes.
+    pub fn bytes(&self) -> usize {
+        let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        let pairs = self.user_properties.iter().map(|(name, value)| name.len() + value.len());
+        let data = self.correlation_data.as_ref().map_or(0, Vec::len);
+        text(&self.content_type) + text(&self.response_topic) + data + pairs.sum::<usize>()
+    }
+}
+
+/// What a message counts against the limits of a queue: its topic, payload and properties, and [`ROW_BYTES`] for the
+/// rest. Kept with the row, so what SQL adds up is the same.
 pub fn row_bytes(message: &Message) -> u64 {
-    (ROW_BYTES + message.topic.len() + message.payload.len()) as u64
+    let properties = message.properties.as_ref().map_or(0, Properties::bytes);
+    (ROW_BYTES + message.topic.len() + message.payload.len() + properties) as u64
 }
 
 /// A QoS from its column.

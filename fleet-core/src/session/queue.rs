@@ -290,7 +290,9 @@ pub async fn page(
 }
 
 /// Takes messages whose time has passed, or that were accepted before a time (0: however long ago), from their queues;
-/// at most `limit`, so fewer than that means that no more are left. What clients have received already stays.
+/// at most `limit`, so fewer than that means that no more are left. What clients have received already stays, and so
+/// does what expires once its delivery has begun (MQTT 5 §3.3.2.3.3). The messages of who is connected are left to the
+/// connection, which may be sending them just now.
 pub async fn expire_messages(
     db: &mut PgConnection,
     now_ms: i64,
@@ -301,11 +303,15 @@ pub async fn expire_messages(
         Expired,
         r#"
         with due as (
-                 (select session_id, msg_offset from session_message
-                   where expires_at <= $1 and not released order by expires_at limit $3)
+                 (select m.session_id, m.msg_offset
+                    from session_message m join session s on s.id = m.session_id and not s.connected
+                   where m.expires_at <= $1 and not m.released and m.msg_offset > s.sent_to
+                order by m.expires_at limit $3)
                   union
-                 (select session_id, msg_offset from session_message
-                   where accepted_at < $2 and not released order by accepted_at limit $3)
+                 (select m.session_id, m.msg_offset
+                    from session_message m join session s on s.id = m.session_id and not s.connected
+                   where m.accepted_at < $2 and not m.released
+                order by m.accepted_at limit $3)
                   limit $3),
              gone as (
                  delete from session_message m using due

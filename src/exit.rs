@@ -43,6 +43,7 @@ pub(crate) fn code(error: &anyhow::Error) -> ExitCode {
         if let Some(start) = cause.downcast_ref::<StartError>() {
             return Some(match start {
                 StartError::Listen { .. } => 3,
+                StartError::Tls(_) => 2,
                 StartError::Database(error) => of_core(error),
                 StartError::Metrics(_) => 1,
             });

@@ -2,12 +2,14 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use api::{App, Health};
+use axum::serve::ListenerExt;
 use broker::{Broker, Parts};
 use clap::ValueEnum;
 use fleet_core::clock::Clock;
@@ -103,7 +105,8 @@ impl fmt::Display for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let http = self.http_address().map(|address| format!("http://{address}"));
         let mqtt = self.mqtt_address().map(|address| format!("mqtt://{address}"));
-        f.write_str(&[http, mqtt].into_iter().flatten().collect::<Vec<_>>().join(" "))
+        let mqtts = self.broker.as_ref().and_then(Broker::tls_address).map(|address| format!("mqtts://{address}"));
+        f.write_str(&[http, mqtt, mqtts].into_iter().flatten().collect::<Vec<_>>().join(" "))
     }
 }
 
@@ -133,7 +136,7 @@ impl Server {
             registry.register(Box::new(cluster.restarts().clone()))?;
         }
         let broker = if plays(Role::Broker) {
-            Some(start_broker(&config, &database, &keys, &clock, &registry).await?)
+            Some(start_broker(&config, &data_dir, &database, &keys, &clock, &registry).await?)
         } else {
             None
         };
@@ -183,6 +186,7 @@ async fn listen(address: SocketAddr) -> Result<TcpListener, CannotListen> {
 
 async fn start_broker(
     config: &Config,
+    data_dir: &Path,
     database: &Database,
     keys: &Arc<Keys>,
     clock: &Clock,
@@ -190,6 +194,8 @@ async fn start_broker(
 ) -> Result<Broker, broker::StartError> {
     Broker::start(Parts {
         mqtt: config.mqtt.clone(),
+        tls: config.tls.clone(),
+        data_dir: data_dir.to_owned(),
         admission: config.admission.clone(),
         sessions: config.sessions.clone(),
         ingest: config.ingest.clone(),
@@ -235,8 +241,15 @@ fn start_http(
         health,
     )?;
     let address = listener.local_addr()?;
+    let listener = listener.tap_io(|socket| {
+        // What a client is told is small and must not wait for more.
+        if let Err(error) = socket.set_nodelay(true) {
+            tracing::debug!(%error, "the connection ended before it began");
+        }
+    });
+    let serving = axum::serve(listener, api::router(app).into_make_service_with_connect_info::<SocketAddr>());
     let stop = CancellationToken::new();
-    let serving = axum::serve(listener, api::router(app)).with_graceful_shutdown(stop.clone().cancelled_owned());
+    let serving = serving.with_graceful_shutdown(stop.clone().cancelled_owned());
     Ok(Http { address, stop, serving: tokio::spawn(serving.into_future()) })
 }
 

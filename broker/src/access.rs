@@ -19,9 +19,11 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use crate::batch::{Batcher, Bounds, NoAnswer};
+use crate::identity::{self, Certificates};
 use crate::ingest::Sender;
 use crate::listener::Arrival;
 use crate::metrics::{Limit, Metrics};
+use crate::tls::Tls;
 use crate::wire::{Connect, Reason};
 
 /// Access tokens verified at once: users are few, and must not take the REST API's connections.
@@ -37,6 +39,7 @@ pub(crate) struct Access {
     /// Devices come in thousands at once: their tokens are verified together.
     devices: Batcher<DeviceToken, Option<Principal>>,
     users: Semaphore,
+    certificates: Certificates,
 }
 
 /// `{tenant}/{device}` and a token.
@@ -65,6 +68,7 @@ impl Access {
         clock: Clock,
         settings: &config::Admission,
         metrics: &Metrics,
+        tls: Option<Arc<Tls>>,
     ) -> Self {
         let within = Duration::from_millis(settings.authentication_timeout_ms);
         let gauge = metrics.authenticating.clone();
@@ -74,14 +78,24 @@ impl Access {
             move |tokens| verify_devices(db.clone(), clock.clone(), tokens)
         });
         let users = Semaphore::new(TOKENS_AT_ONCE);
-        Self { db, keys, clock, metrics: metrics.clone(), within, devices, users }
+        let certificates = Certificates::new(db.clone(), clock.clone(), tls);
+        Self { db, keys, clock, certificates, metrics: metrics.clone(), within, devices, users }
     }
 
-    /// Who stands behind a CONNECT: a device by `{tenant}/{device}` and its token, or a user by e-mail and access
-    /// token (MQTT 5 §3.1.3.5, §4.12).
+    /// Who stands behind a CONNECT: a device by its certificate, by `{tenant}/{device}` and its token, or by both; a user by
+    /// e-mail and access token (MQTT 5 §3.1.3.5, §4.12).
     pub(crate) async fn authenticate(&self, connect: &Connect, arrival: &mut Arrival) -> Result<Principal, Refusal> {
         // It is not kept beyond this: an idle connection must stay small.
-        let _certificate = arrival.certificate.take();
+        let Some(certificate) = arrival.certificate.take() else { return self.by_password(connect).await };
+        let asked = timeout(self.within, self.certificates.holder(&certificate)).await;
+        let holder = asked.unwrap_or_else(|_| Err(self.unanswered(NoAnswer::Late)))?;
+        if connect.password.is_none() {
+            return identity::alone(connect, holder);
+        }
+        identity::beside(holder.as_ref(), self.by_password(connect).await?)
+    }
+
+    async fn by_password(&self, connect: &Connect) -> Result<Principal, Refusal> {
         let (Some(username), Some(password)) = (&connect.username, &connect.password) else {
             return Err((Reason::NotAuthorized, "expected a user name and a password").into());
         };
@@ -93,14 +107,20 @@ impl Access {
         match found {
             Ok(Some(principal)) => Ok(principal),
             Ok(None) => Err((Reason::BadUserNameOrPassword, "user name or password is wrong").into()),
-            Err(NoAnswer::Failed) => Err((Reason::ServerUnavailable, "the database is away: try again shortly").into()),
-            Err(NoAnswer::Full) => {
+            Err(no_answer) => Err(self.unanswered(no_answer)),
+        }
+    }
+
+    fn unanswered(&self, why: NoAnswer) -> Refusal {
+        match why {
+            NoAnswer::Failed => (Reason::ServerUnavailable, "the database is away: try again shortly").into(),
+            NoAnswer::Full => {
                 self.metrics.hit(Limit::Authentications);
-                Err((Reason::ServerBusy, "too many clients are being authenticated").into())
+                (Reason::ServerBusy, "too many clients are being authenticated").into()
             }
-            Err(NoAnswer::Late) => {
+            NoAnswer::Late => {
                 self.metrics.hit(Limit::AuthenticationTimeout);
-                Err((Reason::ServerBusy, "the client was not authenticated in time").into())
+                (Reason::ServerBusy, "the client was not authenticated in time").into()
             }
         }
     }

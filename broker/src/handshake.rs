@@ -11,7 +11,7 @@ use fleet_core::connection_event::{Event as ConnectionEvent, Kind};
 use fleet_core::policy::{Principal, Who};
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{timeout, timeout_at};
 use uuid::Uuid;
 
 use crate::Shared;
@@ -28,7 +28,7 @@ const MAX_CONNECT_BYTES: u32 = 64 * 1024;
 /// Longest client id, in bytes; the standard asks for at least 23 (MQTT 5 §3.1.3.1).
 const MAX_CLIENT_ID_BYTES: usize = 256;
 /// How long somebody who is refused may take to say who it is.
-const REFUSE_WITHIN: Duration = Duration::from_secs(1);
+pub(crate) const REFUSE_WITHIN: Duration = Duration::from_secs(1);
 /// User property of a refusal: when to come again, in milliseconds.
 const RETRY_AFTER: &str = "retry-after-ms";
 /// How long telling somebody to go may take.
@@ -57,8 +57,7 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
     socket: S,
     arrival: &mut Arrival,
 ) -> Option<Admitted<S>> {
-    let within = Duration::from_millis(shared.settings.connect_timeout_ms);
-    let (mut stream, decoder, connect) = read_connect(shared, socket, arrival, within).await?;
+    let (mut stream, decoder, connect) = read_connect(shared, socket, arrival).await?;
     let encoder = Encoder::for_client(&connect);
     let admitted = admit(shared, &connect, arrival).await.and_then(|(principal, rights)| {
         let client_id = client_id(&connect, &principal);
@@ -99,7 +98,7 @@ pub(crate) async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(
     arrival: &Arrival,
     refusal: Refusal,
 ) {
-    if let Some((mut stream, _, connect)) = read_connect(shared, socket, arrival, REFUSE_WITHIN).await {
+    if let Some((mut stream, _, connect)) = read_connect(shared, socket, arrival).await {
         turn_away(shared, &mut stream, &Encoder::for_client(&connect), refusal).await;
     }
 }
@@ -108,9 +107,7 @@ async fn read_connect<S: AsyncRead + AsyncWrite + Unpin>(
     shared: &Shared,
     socket: S,
     arrival: &Arrival,
-    within: Duration,
 ) -> Option<(Stream<S>, Decoder, Connect)> {
-    let deadline = Instant::now() + within;
     let mut stream = Stream::new(socket);
     let mut decoder = Decoder::new(shared.settings.max_packet_bytes, MAX_CONNECT_BYTES);
     loop {
@@ -124,7 +121,7 @@ async fn read_connect<S: AsyncRead + AsyncWrite + Unpin>(
                 return None;
             }
         }
-        match timeout_at(deadline, stream.ready(true)).await {
+        match timeout_at(arrival.due, stream.ready(true)).await {
             Ok(Ok(Io::Read)) => {}
             Ok(_) => return None,
             Err(_) => {

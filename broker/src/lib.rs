@@ -3,6 +3,7 @@
 //! | part | where |
 //! |---|---|
 //! | accepting connections | [`listener`](self) (`listener.rs`) |
+//! | TLS and its files, the PROXY protocol | `tls.rs`, `proxy.rs` |
 //! | how many may come in and how fast; who comes too often | `admission.rs`, `guessing.rs`, `flapping.rs` |
 //! | from a socket to a known client | `handshake.rs` |
 //! | one client: packets in, packets out, its limits | `connection.rs`, over the bytes of `stream.rs` |
@@ -26,11 +27,13 @@ mod events;
 mod flapping;
 mod guessing;
 mod handshake;
+mod identity;
 mod inflight;
 mod ingest;
 mod listener;
 mod mailbox;
 mod metrics;
+mod proxy;
 mod queue;
 mod rate;
 mod recent;
@@ -43,10 +46,12 @@ mod store;
 mod stream;
 #[expect(dead_code, reason = "connections are throttled next")]
 mod throttle;
+mod tls;
 mod will;
 pub mod wire;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -56,11 +61,13 @@ use fleet_core::token::Keys;
 use prometheus::Registry;
 use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::task::AbortOnDropHandle;
 
 pub use ingest::Health;
 pub use listener::{Door, Transport};
 pub use metrics::Metrics;
+pub use tls::{BadTls, TlsFiles};
 
 use access::Access;
 use admission::Admission;
@@ -72,7 +79,7 @@ use router::Router;
 use rows::Now;
 use session::Sessions;
 use store::Store;
-use tokio::task::JoinHandle;
+use tls::Tls;
 
 /// How long a stop waits for clients to be told and for batches to commit.
 const STOP_WITHIN: Duration = Duration::from_secs(8);
@@ -81,6 +88,10 @@ const STOP_WITHIN: Duration = Duration::from_secs(8);
 pub struct Parts {
     /// Settings of the door.
     pub mqtt: config::Mqtt,
+    /// Its certificates.
+    pub tls: config::Tls,
+    /// Where `muster tls init` puts them.
+    pub data_dir: PathBuf,
     /// Who is let in, and how fast.
     pub admission: config::Admission,
     /// Settings of the sessions that clients find again.
@@ -103,13 +114,18 @@ pub struct Parts {
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The address cannot be listened on.
-    #[error("mqtt.listen {address} cannot be used: {error}; expected a free address of this machine")]
+    #[error("{setting} {address} cannot be used: {error}; expected a free address of this machine")]
     Listen {
+        /// The setting that asks for it.
+        setting: &'static str,
         /// The address asked for.
         address: SocketAddr,
         /// What the system said.
         error: std::io::Error,
     },
+    /// TLS is asked for and its files cannot be used.
+    #[error(transparent)]
+    Tls(#[from] BadTls),
     /// A metric could not be registered.
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),
@@ -138,7 +154,8 @@ pub struct Broker {
     shared: Arc<Shared>,
     entrance: Arc<Entrance>,
     address: SocketAddr,
-    accepting: JoinHandle<()>,
+    tls_address: Option<SocketAddr>,
+    accepting: JoinSet<()>,
     keeping_time: JoinHandle<()>,
     _sweeping: AbortOnDropHandle<()>,
     writers: ingest::Writers,
@@ -153,9 +170,12 @@ impl Broker {
     /// [`StartError`] when the address is taken or the database refuses.
     pub async fn start(parts: Parts) -> Result<Self, StartError> {
         let metrics = Metrics::new(&parts.registry)?;
-        let listener = listener::bind(parts.mqtt.listen)?;
-        let address =
-            listener.local_addr().map_err(|error| StartError::Listen { address: parts.mqtt.listen, error })?;
+        let tls = match parts.mqtt.tls_listen {
+            Some(_) => Some(Tls::start(&parts.tls, &parts.data_dir, &metrics).await?),
+            None => None,
+        };
+        let (listener, address) = listener::bind("mqtt.listen", parts.mqtt.listen)?;
+        let tls_listener = parts.mqtt.tls_listen.map(|asked| listener::bind("mqtt.tls_listen", asked)).transpose()?;
         let now = Now::of(&parts.clock);
         let router = Router::new(metrics.clone());
         let sessions = Arc::new(Sessions::default());
@@ -178,7 +198,7 @@ impl Broker {
         let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &store, &metrics);
         let (events, writing) = Events::start(parts.db.clone(), metrics.clone());
         let shared = Arc::new(Shared {
-            access: Access::new(parts.db, parts.keys, parts.clock.clone(), &parts.admission, &metrics),
+            access: Access::new(parts.db, parts.keys, parts.clock.clone(), &parts.admission, &metrics, tls.clone()),
             admission: Arc::new(Admission::new(&parts.mqtt, &parts.admission, metrics.clone())),
             sessions,
             store,
@@ -193,13 +213,19 @@ impl Broker {
         restore::go_on(&shared, restored, now).await;
         let keeping_time = tokio::spawn(restore::keep_time(shared.clone()));
         let entrance = Arc::new(Entrance::new(shared.clone()));
-        let accepting = tokio::spawn(listener::accept(listener, entrance.clone()));
+        let mut accepting = JoinSet::new();
+        accepting.spawn(listener::accept(listener, entrance.clone(), None));
+        let tls_address = tls_listener.as_ref().map(|(_, address)| *address);
+        if let Some((listener, _)) = tls_listener {
+            accepting.spawn(listener::accept(listener, entrance.clone(), tls));
+        }
         let admission = shared.admission.clone();
         let sweeping = AbortOnDropHandle::new(tokio::spawn(async move { admission.sweep().await }));
         Ok(Self {
             shared,
             entrance,
             address,
+            tls_address,
             accepting,
             keeping_time,
             _sweeping: sweeping,
@@ -212,6 +238,11 @@ impl Broker {
     /// The address that is listened on; the port is real even when 0 was asked for.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The address that is listened on with TLS, if there is one.
+    pub fn tls_address(&self) -> Option<SocketAddr> {
+        self.tls_address
     }
 
     /// The way in for clients that another part of the process accepts, such as WebSockets of the HTTP port.
@@ -231,8 +262,8 @@ impl Broker {
 
     /// Stops accepting, lets what was received be committed and acknowledged, says good-bye (MQTT 5: DISCONNECT 0x8B)
     /// and ends the writers. Takes at most a few seconds, even when the database is away.
-    pub async fn stop(self) {
-        self.accepting.abort();
+    pub async fn stop(mut self) {
+        self.accepting.abort_all();
         drop(self.entrance);
         self.shared.sessions.close_all();
         let ended = tokio::time::timeout(STOP_WITHIN, self.shared.sessions.all_ended()).await;

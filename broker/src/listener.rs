@@ -2,7 +2,7 @@
 //!
 //! Every client comes in through one [`Door`], whatever carried it: sockets by [`accept`], WebSockets by
 //! [`Door::serve`].
-//! Holds: a handshake never delays the next accept; nobody comes in past `admission.rs`.
+//! Holds: a handshake, of TLS too, never delays the next accept; nobody comes in past `admission.rs`.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,9 +11,14 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::time::Instant;
 
 use crate::admission::{Handshake, Place};
+use crate::metrics::Limit;
+use crate::proxy;
+use crate::stream::Socket;
+use crate::tls::{Chain, Tls};
 use crate::{Shared, StartError};
 use crate::{connection, handshake};
 
@@ -48,8 +53,10 @@ pub(crate) struct Arrival {
     pub(crate) peer: SocketAddr,
     /// What carries it.
     pub(crate) transport: Transport,
-    /// The certificate it proved to hold the key of, in DER, with the chain it sent; gone once it was looked at.
-    pub(crate) certificate: Option<Box<[Vec<u8>]>>,
+    /// Its CONNECT must be here by then.
+    pub(crate) due: Instant,
+    /// The certificate it proved to hold the key of, with the chain it sent; gone once it was looked at.
+    pub(crate) certificate: Option<Chain>,
     /// Its place among the handshakes under way, until it is over.
     pub(crate) handshake: Option<Handshake>,
 }
@@ -59,14 +66,16 @@ const BACKLOG: u32 = 4096;
 /// Pause after the system ran out of something, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-pub(crate) fn bind(address: SocketAddr) -> Result<TcpListener, StartError> {
+pub(crate) fn bind(setting: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
     let listen = || {
         let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
-        socket.listen(BACKLOG)
+        let listener = socket.listen(BACKLOG)?;
+        let address = listener.local_addr()?;
+        io::Result::Ok((listener, address))
     };
-    listen().map_err(|error| StartError::Listen { address, error })
+    listen().map_err(|error| StartError::Listen { setting, address, error })
 }
 
 /// The one way in: who comes here is counted, and served or refused.
@@ -80,9 +89,16 @@ impl Entrance {
         Self { shared, arrivals: AtomicU64::new(0) }
     }
 
-    fn arrival(&self, peer: SocketAddr, transport: Transport) -> Arrival {
+    /// A place for whoever comes, inside or to be refused; `None` when it is not even told.
+    fn meet(&self, peer: SocketAddr, transport: Transport) -> Option<(Place, Arrival)> {
+        let place = self.shared.admission.place(peer.ip())?;
         let number = self.arrivals.fetch_add(1, Ordering::Relaxed) + 1;
-        Arrival { number, peer, transport, certificate: None, handshake: None }
+        let within = match place {
+            Place::Inside(..) => Duration::from_millis(self.shared.settings.connect_timeout_ms),
+            Place::Refusal(..) => handshake::REFUSE_WITHIN,
+        };
+        let due = Instant::now() + within;
+        Some((place, Arrival { number, peer, transport, due, certificate: None, handshake: None }))
     }
 }
 
@@ -99,19 +115,20 @@ impl Door {
     /// closes at once.
     pub async fn serve<S>(&self, socket: S, peer: SocketAddr, transport: Transport)
     where
-        S: AsyncRead + AsyncWrite + Unpin,
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let Some(entrance) = self.0.upgrade() else { return };
-        let Some(place) = entrance.shared.admission.place(peer.ip()) else { return };
-        let (arrival, shared) = (entrance.arrival(peer, transport), entrance.shared.clone());
+        let Some((place, arrival)) = entrance.meet(peer, transport) else { return };
+        let shared = entrance.shared.clone();
         // A stop must not wait for whoever is inside.
         drop(entrance);
-        serve(shared, place, socket, arrival).await;
+        serve(shared, place, Socket::boxed(socket), arrival).await;
     }
 }
 
-/// Accepts until it is dropped.
-pub(crate) async fn accept(listener: TcpListener, entrance: Arc<Entrance>) {
+/// Accepts until it is dropped; with `tls`, whoever comes must speak it.
+pub(crate) async fn accept(listener: TcpListener, entrance: Arc<Entrance>, tls: Option<Arc<Tls>>) {
+    let transport = if tls.is_some() { Transport::Tls } else { Transport::Tcp };
     loop {
         let (socket, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -125,14 +142,57 @@ pub(crate) async fn accept(listener: TcpListener, entrance: Arc<Entrance>) {
             tracing::debug!(%peer, %error, "the connection ended before it began");
             continue;
         }
-        let arrival = entrance.arrival(peer, Transport::Tcp);
-        if let Some(place) = entrance.shared.admission.place(peer.ip()) {
-            tokio::spawn(serve(entrance.shared.clone(), place, socket, arrival));
+        if let Some((place, arrival)) = entrance.meet(peer, transport) {
+            tokio::spawn(receive(entrance.shared.clone(), place, socket, arrival, tls.clone()));
         }
     }
 }
 
-async fn serve<S: AsyncRead + AsyncWrite + Unpin>(shared: Arc<Shared>, place: Place, socket: S, mut arrival: Arrival) {
+/// Goes through what comes before the first packet, in the connection's own task.
+async fn receive(
+    shared: Arc<Shared>,
+    place: Place,
+    mut socket: TcpStream,
+    mut arrival: Arrival,
+    tls: Option<Arc<Tls>>,
+) {
+    if shared.settings.proxy_protocol && !is_announced(&shared, &mut socket, &mut arrival).await {
+        return;
+    }
+    let socket = match tls {
+        None => Socket::Tcp(socket),
+        // What a handshake needs is given back when it is over.
+        Some(tls) => match Box::pin(tls.handshake(socket, arrival.due)).await {
+            Some((socket, chain)) => {
+                arrival.certificate = chain;
+                socket
+            }
+            None => return,
+        },
+    };
+    serve(shared, place, socket, arrival).await;
+}
+
+/// Lets a proxy say whose connection this is; `false` when it ends here.
+async fn is_announced(shared: &Shared, socket: &mut TcpStream, arrival: &mut Arrival) -> bool {
+    let told = if proxy::is_trusted(&shared.settings.proxy_trusted, arrival.peer) {
+        Box::pin(proxy::read(socket, arrival.due)).await
+    } else {
+        Err(proxy::Bad::Untrusted)
+    };
+    match told {
+        Ok(peer) => arrival.peer = peer.unwrap_or(arrival.peer),
+        Err(proxy::Bad::Untrusted) => shared.metrics.early_ends.with_label_values(&["proxy untrusted"]).inc(),
+        Err(proxy::Bad::Header) => shared.metrics.early_ends.with_label_values(&["proxy header"]).inc(),
+        Err(proxy::Bad::Late) => shared.metrics.hit(Limit::ConnectTimeout),
+    }
+    if let Err(bad) = told {
+        tracing::debug!(peer = %arrival.peer, ?bad, "a connection was not announced as it must be");
+    }
+    told.is_ok()
+}
+
+async fn serve(shared: Arc<Shared>, place: Place, socket: Socket, mut arrival: Arrival) {
     match place {
         Place::Inside(_place, handshake) => {
             arrival.handshake = Some(handshake);

@@ -17,6 +17,14 @@ pub struct Metrics {
     pub conflicts: IntGauge,
     /// CONNECTs that wait for their credential to be verified.
     pub authenticating: IntGauge,
+    /// Connections that ended before their first packet, by why.
+    pub early_ends: IntCounterVec,
+    /// Times the TLS files had changed, by what became of them.
+    pub tls_reloads: IntCounterVec,
+    /// 1 while the TLS files cannot be used and older ones are in force.
+    pub tls_broken: IntGauge,
+    /// When the server certificate in force ends, in seconds since the epoch; 0 without TLS.
+    pub tls_certificate_expires: IntGauge,
     /// CONNECTs answered, by what they were answered.
     pub connects: IntCounterVec,
     /// Connections ended, by why.
@@ -209,6 +217,24 @@ impl Metrics {
                 "muster_mqtt_authenticating",
                 "CONNECTs that wait for their credential to be verified",
             )?,
+            early_ends: counters(
+                "muster_mqtt_early_ends_total",
+                "Connections that ended before their first packet, by reason",
+                "reason",
+            )?,
+            tls_reloads: counters(
+                "muster_tls_reloads_total",
+                "Times the TLS files had changed, by what became of them",
+                "outcome",
+            )?,
+            tls_broken: IntGauge::new(
+                "muster_tls_files_broken",
+                "1 while the TLS files cannot be used and older ones are in force",
+            )?,
+            tls_certificate_expires: IntGauge::new(
+                "muster_tls_certificate_expires_timestamp_seconds",
+                "When the server certificate in force ends; 0 without TLS",
+            )?,
             connects: counters("muster_mqtt_connects_total", "CONNECTs answered, by reason", "reason")?,
             disconnects: counters("muster_mqtt_disconnects_total", "Connections ended, by reason", "reason")?,
             publishes: IntCounter::new("muster_mqtt_publishes_received_total", "PUBLISH packets received")?,
@@ -270,6 +296,10 @@ impl Metrics {
         registry.register(Box::new(self.flapping.clone()))?;
         registry.register(Box::new(self.conflicts.clone()))?;
         registry.register(Box::new(self.authenticating.clone()))?;
+        registry.register(Box::new(self.early_ends.clone()))?;
+        registry.register(Box::new(self.tls_reloads.clone()))?;
+        registry.register(Box::new(self.tls_broken.clone()))?;
+        registry.register(Box::new(self.tls_certificate_expires.clone()))?;
         registry.register(Box::new(self.connects.clone()))?;
         registry.register(Box::new(self.disconnects.clone()))?;
         registry.register(Box::new(self.publishes.clone()))?;
@@ -303,6 +333,12 @@ impl Metrics {
         }
         for kind in ["telemetry", "status"] {
             self.committed.with_label_values(&[kind]);
+        }
+        for reason in ["tls handshake", "proxy untrusted", "proxy header"] {
+            self.early_ends.with_label_values(&[reason]);
+        }
+        for outcome in ["taken", "refused"] {
+            self.tls_reloads.with_label_values(&[outcome]);
         }
         for action in ["connect", "publish", "subscribe"] {
             self.denied.with_label_values(&[action]);

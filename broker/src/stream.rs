@@ -1,7 +1,7 @@
 //! A socket with what was read and not yet understood, and what is to be written and not yet taken.
 //!
-//! Holds: an idle connection keeps no buffer; reading takes 16 KiB at a time from one buffer a thread.
-//! Knows any byte stream, so that TLS and WebSocket need nothing new here.
+//! Holds: an idle connection keeps no buffer; reading takes 16 KiB at a time from one buffer a thread. What was written is
+//! also flushed: TLS and WebSocket keep it back otherwise.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -11,12 +11,64 @@ use std::task::{Context, Poll};
 
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 
 /// Bytes read at once.
 const READ_BYTES: usize = 16 * 1024;
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into_boxed_slice());
+}
+
+/// Whatever carries a client's bytes: one type, so that the code of a connection is compiled once.
+pub(crate) enum Socket {
+    /// The usual case, without a detour.
+    Tcp(TcpStream),
+    /// Everything else; large, and apart from the rest of a connection.
+    Other(Box<dyn Carrier>),
+}
+
+/// A stream of bytes in both directions.
+pub(crate) trait Carrier: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Carrier for T {}
+
+impl Socket {
+    pub(crate) fn boxed(carrier: impl Carrier + 'static) -> Self {
+        Self::Other(Box::new(carrier))
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(socket) => Pin::new(socket).poll_read(cx, into),
+            Self::Other(socket) => Pin::new(socket).poll_read(cx, into),
+        }
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, from: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(socket) => Pin::new(socket).poll_write(cx, from),
+            Self::Other(socket) => Pin::new(socket).poll_write(cx, from),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(socket) => Pin::new(socket).poll_flush(cx),
+            Self::Other(socket) => Pin::new(socket).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
+            Self::Other(socket) => Pin::new(socket).poll_shutdown(cx),
+        }
+    }
 }
 
 /// What happened on the socket.
@@ -37,11 +89,13 @@ pub(crate) struct Stream<S> {
     pub(crate) inbound: BytesMut,
     /// To be written.
     pub(crate) outbound: BytesMut,
+    /// Something was written and not flushed.
+    unflushed: bool,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
     pub(crate) fn new(socket: S) -> Self {
-        Self { socket, inbound: BytesMut::new(), outbound: BytesMut::new() }
+        Self { socket, inbound: BytesMut::new(), outbound: BytesMut::new(), unflushed: false }
     }
 
     /// Waits until bytes come in (when `reading`) or waiting ones go out. Dropping the future loses nothing.
@@ -55,12 +109,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
                     Poll::Pending => {}
                 }
             }
+            // What does not go now goes when the socket wakes this task again.
+            if let Poll::Ready(Err(error)) = self.poll_flush(cx) {
+                return Poll::Ready(Err(error));
+            }
             if reading { self.poll_read(cx) } else { Poll::Pending }
         })
         .await
     }
 
-    /// Writes what the socket takes at once.
+    /// Writes and flushes what the socket takes at once.
     pub(crate) async fn write_some(&mut self) -> io::Result<()> {
         poll_fn(|cx| {
             while !self.outbound.is_empty() {
@@ -71,7 +129,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
                     Poll::Pending => break,
                 }
             }
-            Poll::Ready(Ok(()))
+            match self.poll_flush(cx) {
+                Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+                _ => Poll::Ready(Ok(())),
+            }
         })
         .await
     }
@@ -97,10 +158,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let written = std::task::ready!(Pin::new(&mut self.socket).poll_write(cx, &self.outbound))?;
         self.outbound.advance(written);
+        self.unflushed = true;
         if self.outbound.is_empty() {
             self.outbound = BytesMut::new();
         }
         Poll::Ready(Ok(written))
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.unflushed {
+            std::task::ready!(Pin::new(&mut self.socket).poll_flush(cx))?;
+            self.unflushed = false;
+        }
+        Poll::Ready(Ok(()))
     }
 
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Io>> {

@@ -8,6 +8,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use ipnet::IpNet;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -23,6 +24,7 @@ pub struct Config {
     pub http: Http,
     pub mqtt: Mqtt,
     pub sessions: Sessions,
+    pub tls: Tls,
     pub admission: Admission,
     pub ingest: Ingest,
     pub database: Database,
@@ -48,6 +50,10 @@ pub struct Http {
 pub struct Mqtt {
     pub listen: SocketAddr,
     pub allow_plaintext: bool,
+    #[serde(with = "maybe_address")]
+    pub tls_listen: Option<SocketAddr>,
+    pub proxy_protocol: bool,
+    pub proxy_trusted: Vec<IpNet>,
     pub max_connections: usize,
     pub connect_timeout_ms: u64,
     pub packet_timeout_ms: u64,
@@ -140,6 +146,18 @@ impl Admission {
     }
 }
 
+/// `[tls]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Tls {
+    pub certificate: String,
+    pub key: String,
+    pub client_ca: String,
+    pub client_crl: String,
+    pub reload_s: u64,
+}
+
 /// `[ingest]`
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -214,6 +232,28 @@ pub enum RateExcess {
     Wait,
     /// It is disconnected.
     Disconnect,
+}
+
+/// An address or "", which is none.
+mod maybe_address {
+    use std::net::SocketAddr;
+
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+        match String::deserialize(deserializer)?.as_str() {
+            "" => Ok(None),
+            text => text.parse().map(Some).map_err(|error| D::Error::custom(format!("{text:?}: {error}"))),
+        }
+    }
+
+    #[expect(clippy::ref_option, reason = "serde hands it over so")]
+    pub(super) fn serialize<S: Serializer>(address: &Option<SocketAddr>, serializer: S) -> Result<S::Ok, S::Error> {
+        match address {
+            Some(address) => serializer.collect_str(address),
+            None => serializer.serialize_str(""),
+        }
+    }
 }
 
 /// How log lines look.
@@ -331,6 +371,8 @@ impl Config {
             .prefix_separator("__")
             .separator("__")
             .try_parsing(true)
+            .list_separator(",")
+            .with_list_parse_key("mqtt.proxy_trusted")
             .source(variables);
         let mut loaded: Self = builder
             .add_source(variables)
@@ -353,6 +395,19 @@ impl Config {
                 self.mqtt.listen.ip().is_loopback() || self.mqtt.allow_plaintext,
                 "mqtt.listen is not a loopback address: expected 127.0.0.1 or ::1, or mqtt.allow_plaintext = true",
             ),
+            (
+                !self.mqtt.proxy_protocol || !self.mqtt.proxy_trusted.is_empty(),
+                "mqtt.proxy_protocol is on: expected the proxies' networks in mqtt.proxy_trusted, e.g. [\"10.0.0.0/8\"]",
+            ),
+            (
+                (self.tls.certificate == "auto") == (self.tls.key == "auto"),
+                "tls.certificate and tls.key: expected both to be \"auto\" or both to be files",
+            ),
+            (
+                !self.tls.certificate.is_empty() && !self.tls.key.is_empty(),
+                "tls.certificate and tls.key: expected \"auto\" or a file; TLS is switched off by mqtt.tls_listen = \"\"",
+            ),
+            (self.tls.reload_s > 0, "tls.reload_s: expected at least 1"),
             ((1..=64).contains(&self.ingest.writers), "ingest.writers: expected 1 to 64"),
             ((1..=10_000).contains(&self.ingest.batch_messages), "ingest.batch_messages: expected 1 to 10000"),
             (self.ingest.queue_messages > 0, "ingest.queue_messages: expected at least 1"),
@@ -442,6 +497,11 @@ mod tests {
             ("MUSTER__HTTP__LISTEN", "localhost", "listen"),
             ("MUSTER__MQTT__LISTEN", "0.0.0.0:1883", "allow_plaintext"),
             ("MUSTER__LOG__FORMAT", "xml", "format"),
+            ("MUSTER__MQTT__TLS_LISTEN", "8883", "tls_listen"),
+            ("MUSTER__MQTT__PROXY_PROTOCOL", "true", "proxy_trusted"),
+            ("MUSTER__MQTT__PROXY_TRUSTED", "10.0.0.0/8,somewhere", "proxy_trusted"),
+            ("MUSTER__TLS__CERTIFICATE", "/etc/muster/server.pem", "tls.key"),
+            ("MUSTER__TLS__KEY", "", "tls.key"),
         ] {
             let error = load(&[(key, value)]).expect_err(key).to_string();
             assert!(error.contains(expected), "{key}: {error}");
@@ -462,5 +522,19 @@ mod tests {
         let environment = Environment { database_url: Some("postgres://x".into()), ..Environment::default() };
         let config = Config::from_sources(&environment, Some(HashMap::new())).unwrap();
         assert_eq!(config.database.url.expose(), "postgres://x");
+    }
+
+    #[test]
+    fn an_address_that_is_off_and_a_list_may_come_from_the_environment() {
+        let config = load(&[]).unwrap();
+        assert_eq!((config.mqtt.tls_listen, config.mqtt.proxy_trusted.len()), (None, 0));
+        let networks = ("MUSTER__MQTT__PROXY_TRUSTED", "10.0.0.0/8,2001:db8::/32");
+        let config = load(&[("MUSTER__MQTT__TLS_LISTEN", "0.0.0.0:8883"), networks]).unwrap();
+        assert_eq!(config.mqtt.tls_listen.map(|address| address.port()), Some(8883));
+        assert_eq!(config.mqtt.proxy_trusted.len(), 2);
+        let one = load(&[("MUSTER__MQTT__PROXY_TRUSTED", "127.0.0.1/32")]).unwrap();
+        assert_eq!(one.mqtt.proxy_trusted.len(), 1);
+        let printed = serde_json::to_value(&config).unwrap();
+        assert_eq!(printed["mqtt"]["tls_listen"], "0.0.0.0:8883");
     }
 }

@@ -3,6 +3,7 @@
 pub(crate) mod client;
 mod mqtt;
 pub(crate) mod packet;
+pub(crate) mod pki;
 pub(crate) mod raw;
 
 use std::net::SocketAddr;
@@ -31,6 +32,7 @@ pub(crate) struct Fleet {
     http: reqwest::Client,
     url: String,
     mqtt: SocketAddr,
+    mqtts: Option<SocketAddr>,
     token: String,
     /// What the server listens on and lives on; kept for a second start.
     settings: Vec<(String, String)>,
@@ -77,14 +79,15 @@ impl Fleet {
         let data = tempfile::Builder::new().prefix("muster-journey-").tempdir_in("/tmp").expect("/tmp can be written");
         let data_dir = ("MUSTER__DATA_DIR".to_owned(), data.path().join("data").display().to_string());
         let mut settings: Vec<_> = std::iter::once(data_dir).chain(settings).collect();
-        let (child, url, mqtt) = spawn(&settings).await;
+        let (child, Ready { url, mqtt, mqtts }) = spawn(&settings).await;
         // A second start finds its clients again.
         let address = url.trim_start_matches("http://").to_owned();
         settings.push(("MUSTER__HTTP__LISTEN".into(), address));
         settings.push(("MUSTER__MQTT__LISTEN".into(), mqtt.to_string()));
+        settings.extend(mqtts.map(|address| ("MUSTER__MQTT__TLS_LISTEN".to_owned(), address.to_string())));
         install_crypto();
         let http = reqwest::Client::builder().timeout(PATIENCE).build().expect("a client without settings");
-        let mut fleet = Self { child, http, url, mqtt, token: String::new(), settings, db, _data: data };
+        let mut fleet = Self { child, http, url, mqtt, mqtts, token: String::new(), settings, db, _data: data };
         fleet.login().await;
         fleet
     }
@@ -110,6 +113,11 @@ impl Fleet {
     /// Where MQTT is spoken.
     pub(crate) fn mqtt_addr(&self) -> SocketAddr {
         self.mqtt
+    }
+
+    /// Where MQTT is spoken over TLS.
+    pub(crate) fn mqtts_addr(&self) -> SocketAddr {
+        self.mqtts.expect("mqtt.tls_listen is set")
     }
 
     /// Where REST answers.
@@ -269,10 +277,10 @@ impl Fleet {
 
     /// Starts the server again on the same data, addresses and database.
     pub(crate) async fn start_again(&mut self) {
-        let (child, url, mqtt) = spawn(&self.settings).await;
+        let (child, ready) = spawn(&self.settings).await;
         self.child = child;
-        self.url = url;
-        self.mqtt = mqtt;
+        self.url = ready.url;
+        self.mqtt = ready.mqtt;
     }
 }
 
@@ -298,7 +306,25 @@ pub(crate) fn muster() -> Command {
     command
 }
 
-async fn spawn(settings: &[(String, String)]) -> (Child, String, SocketAddr) {
+/// What a server says when it is ready.
+struct Ready {
+    url: String,
+    mqtt: SocketAddr,
+    mqtts: Option<SocketAddr>,
+}
+
+impl Ready {
+    /// `http://… mqtt://… mqtts://…`
+    fn read(line: &str) -> Self {
+        let address = |scheme: &str| {
+            line.split(' ').find_map(|url| url.strip_prefix(scheme)).map(|at| at.parse().expect("an address"))
+        };
+        let url = line.split(' ').next().expect("a URL").to_owned();
+        Self { url, mqtt: address("mqtt://").expect("an MQTT listener"), mqtts: address("mqtts://") }
+    }
+}
+
+async fn spawn(settings: &[(String, String)]) -> (Child, Ready) {
     let mut child = muster()
         .arg("serve")
         .env("MUSTER__HTTP__LISTEN", "127.0.0.1:0")
@@ -320,7 +346,5 @@ async fn spawn(settings: &[(String, String)]) -> (Child, String, SocketAddr) {
         panic!("the server ended before it was ready");
     };
     let ready = timeout(Duration::from_mins(1), ready).await.expect("the server is ready in time");
-    let (url, mqtt) = ready.split_once(' ').expect("two addresses");
-    let mqtt = mqtt.trim_start_matches("mqtt://").parse().expect("an address");
-    (child, url.to_owned(), mqtt)
+    (child, Ready::read(&ready))
 }

@@ -1,6 +1,6 @@
 //! A client of bytes: says exactly what a test wants said, and tells exactly what the server answers.
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -106,9 +106,9 @@ impl<'a> Hello<'a> {
     }
 }
 
-/// One raw connection.
-pub(crate) struct Raw {
-    pub(crate) socket: TcpStream,
+/// One raw connection, whatever carries it.
+pub(crate) struct Raw<S = TcpStream> {
+    pub(crate) socket: S,
     pub(crate) version: Version,
 }
 
@@ -132,6 +132,13 @@ impl Raw {
         raw
     }
 
+    /// Breaks the connection so that the server sees a reset.
+    pub(crate) fn reset(self) {
+        self.socket.set_zero_linger().expect("a socket");
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Raw<S> {
     /// Sends; that the server has closed meanwhile is seen when its answer is read.
     pub(crate) async fn send(&mut self, bytes: &[u8]) {
         let _ = timeout(PATIENCE, self.socket.write_all(bytes)).await.expect("the server reads");
@@ -205,10 +212,5 @@ impl Raw {
     pub(crate) async fn pings(&mut self, after: &str) {
         self.send(&[0xC0, 0]).await;
         assert_eq!(self.answer().await, Pong, "{after}");
-    }
-
-    /// Breaks the connection so that the server sees a reset.
-    pub(crate) fn reset(self) {
-        self.socket.set_zero_linger().expect("a socket");
     }
 }

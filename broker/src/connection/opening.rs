@@ -12,7 +12,7 @@ use crate::mailbox::Mailbox;
 use crate::metrics::Limit;
 use crate::session::Durable;
 use crate::store::{self, Op};
-use crate::wire::{PacketId, Reason};
+use crate::wire::{PacketId, Reason, Will};
 
 /// Names the property of CONNACK that tells a client how many messages its queue had no room for.
 const DROPPED: &str = "dropped-messages";
@@ -43,25 +43,28 @@ pub(super) async fn open<S: AsyncRead + AsyncWrite + Unpin>(
         end_session(shared, &old).await;
     }
     if let Some(session) = found.filter(|session| shared.sessions.arrive(session, mailbox, expiry_s)) {
-        let store::Opened { received, dropped } = resume(shared, &session, admitted).await?;
+        let store::Opened { received, dropped } = resume(shared, &session, admitted.connect.will.clone()).await?;
         admitted.answer.session_present = true;
         if dropped > 0 {
             admitted.answer.user_properties.push((DROPPED.into(), dropped.to_string().into()));
         }
         return Ok(Opened { durable: Some(session), expiry_s, received });
     }
-    let durable = if expiry_s == 0 { None } else { Some(begin(shared, admitted, mailbox, expiry_s).await?) };
-    Ok(Opened { durable, expiry_s, received: Vec::new() })
+    if expiry_s == 0 {
+        return Ok(Opened { durable: None, expiry_s, received: Vec::new() });
+    }
+    let session = create(shared, admitted, mailbox, expiry_s)?;
+    begin(shared, &session, admitted.connect.will.clone()).await?;
+    Ok(Opened { durable: Some(session), expiry_s, received: Vec::new() })
 }
 
-async fn resume<S>(shared: &Shared, session: &Arc<Durable>, admitted: &Admitted<S>) -> Result<store::Opened, Refusal> {
+async fn resume(shared: &Shared, session: &Arc<Durable>, will: Option<Will>) -> Result<store::Opened, Refusal> {
     let (opened, told) = oneshot::channel();
-    let will = admitted.connect.will.clone();
     shared.store.wait(Op::Resume { session: session.clone(), will, opened }).await;
     told.await.map_err(|_| (Reason::ServerUnavailable, "the session could not be read").into())
 }
 
-async fn begin<S>(
+fn create<S>(
     shared: &Shared,
     admitted: &Admitted<S>,
     mailbox: &Arc<Mailbox>,
@@ -75,14 +78,18 @@ async fn begin<S>(
         shared.sessions.create(admitted.session.clone(), admitted.principal.clone(), admitted.client_id.clone());
     shared.metrics.sessions.set(i64::try_from(shared.sessions.durable_count()).unwrap_or(i64::MAX));
     shared.sessions.arrive(&session, mailbox, expiry_s);
+    Ok(session)
+}
+
+/// Has a new session stored.
+async fn begin(shared: &Shared, session: &Arc<Durable>, will: Option<Will>) -> Result<(), Refusal> {
     let (opened, told) = oneshot::channel();
-    let will = admitted.connect.will.clone();
     shared.store.wait(Op::Begin { session: session.clone(), will, opened }).await;
     if told.await.is_err() {
-        shared.sessions.forget(&session);
+        shared.sessions.forget(session);
         return Err((Reason::ServerUnavailable, "the session could not be stored").into());
     }
-    Ok(session)
+    Ok(())
 }
 
 /// Ends a durable session: its subscriptions, what waits for it, and its delayed will, which is sent now (§3.1.3.2.2).

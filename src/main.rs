@@ -5,6 +5,7 @@ mod exit;
 mod serve;
 mod settings;
 mod sim;
+mod websocket;
 
 use std::process::ExitCode;
 

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::exit::CannotListen;
 use crate::settings::{self, Loaded};
+use crate::websocket;
 
 /// How often partitions are made ahead and old days dropped.
 const SWEEP_EVERY: Duration = Duration::from_mins(10);
@@ -247,7 +248,9 @@ fn start_http(
             tracing::debug!(%error, "the connection ended before it began");
         }
     });
-    let serving = axum::serve(listener, api::router(app).into_make_service_with_connect_info::<SocketAddr>());
+    let beside = broker.map(|broker| websocket::routes(broker.door(), config.mqtt.max_packet_bytes));
+    let router = api::router_beside(app, beside.unwrap_or_default());
+    let serving = axum::serve(listener, router.into_make_service_with_connect_info::<SocketAddr>());
     let stop = CancellationToken::new();
     let serving = serving.with_graceful_shutdown(stop.clone().cancelled_owned());
     Ok(Http { address, stop, serving: tokio::spawn(serving.into_future()) })

@@ -20,6 +20,13 @@ enum Client {
     MqttJs,
 }
 
+/// What carries its bytes.
+#[derive(Clone, Copy, Debug)]
+enum Carrier {
+    Tcp,
+    WebSocket,
+}
+
 impl Client {
     fn command(self) -> Command {
         let clients = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients");
@@ -34,10 +41,26 @@ impl Client {
 
     /// Starts it as this device or user.
     fn start(self, fleet: &Fleet, who: (&str, &str, &str), version: &str, what: (&str, &str, usize)) -> Child {
-        let address = fleet.mqtt_addr();
+        self.start_over(Carrier::Tcp, fleet, who, version, what)
+    }
+
+    /// As [`Client::start`], over any carrier.
+    fn start_over(
+        self,
+        carrier: Carrier,
+        fleet: &Fleet,
+        who: (&str, &str, &str),
+        version: &str,
+        what: (&str, &str, usize),
+    ) -> Child {
+        let (address, transport) = match carrier {
+            Carrier::Tcp => (fleet.mqtt_addr(), "tcp"),
+            Carrier::WebSocket => (fleet.http_addr(), "websockets"),
+        };
         let (id, username, password) = who;
         let (action, topic, count) = what;
         self.command()
+            .env("TRANSPORT", transport)
             .args([&address.ip().to_string(), &address.port().to_string(), username, password, id, version])
             .args([action, topic, &count.to_string()])
             .spawn()
@@ -71,17 +94,22 @@ async fn said(mut child: Child) -> Vec<Value> {
 }
 
 async fn publishes_and_subscribes(client: Client, version: &str) {
+    publishes_and_subscribes_over(Carrier::Tcp, client, version).await;
+}
+
+async fn publishes_and_subscribes_over(carrier: Carrier, client: Client, version: &str) {
     let fleet = Fleet::start().await;
     let device = fleet.enrol("foreign-1").await;
     let mut watcher = fleet.connect_admin("watcher").await;
     watcher.subscribe("fleet/v1/main/+/telemetry").await;
     let topic = device.topic("telemetry");
-    let subscriber = client.start(&fleet, ("reader", ADMIN.0, fleet.token()), version, ("subscribe", &topic, READINGS));
+    let reader = ("reader", ADMIN.0, fleet.token());
+    let subscriber = client.start_over(carrier, &fleet, reader, version, ("subscribe", &topic, READINGS));
     // The subscriber is heard of once it holds its subscription.
     let subscriptions = || fleet.metric("muster_mqtt_subscriptions", "");
     fleet.eventually(subscriptions, |held| *held > 1.5).await;
 
-    let publisher = client.start(&fleet, as_device(&device), version, ("publish", &topic, READINGS));
+    let publisher = client.start_over(carrier, &fleet, as_device(&device), version, ("publish", &topic, READINGS));
     let acknowledged = said(publisher).await;
     assert_eq!(acknowledged.len(), READINGS, "{acknowledged:?}");
     assert_eq!(fleet.series(&device, "t").await.len(), READINGS, "acknowledged means stored");
@@ -115,6 +143,16 @@ async fn mqttjs_publishes_and_subscribes_with_mqtt_311() {
 #[tokio::test]
 async fn mqttjs_publishes_and_subscribes_with_mqtt_5() {
     publishes_and_subscribes(Client::MqttJs, "5").await;
+}
+
+#[tokio::test]
+async fn paho_publishes_and_subscribes_over_websocket() {
+    publishes_and_subscribes_over(Carrier::WebSocket, Client::Paho, "5").await;
+}
+
+#[tokio::test]
+async fn mqttjs_publishes_and_subscribes_over_websocket() {
+    publishes_and_subscribes_over(Carrier::WebSocket, Client::MqttJs, "311").await;
 }
 
 #[tokio::test]

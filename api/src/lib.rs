@@ -5,6 +5,7 @@
 //! Ignorant of: MQTT, SQL.
 
 use axum::Router;
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use utoipa::OpenApi;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
@@ -22,6 +23,7 @@ mod time;
 
 pub use state::{App, Health};
 
+use problem::Problem;
 use routes::{api_keys, auth, credentials, dead_letters, devices, docs, operations, roles, sessions, telemetry, users};
 
 /// Every route of the HTTP door, on one screen.
@@ -62,8 +64,18 @@ fn pages() -> Router<App> {
 
 /// The HTTP door of `app`.
 pub fn router(app: App) -> Router {
+    router_beside(app, Router::new())
+}
+
+/// As [`router`], with routes of others on the same port: all that happens to a request happens to theirs too.
+pub fn router_beside(app: App, others: Router) -> Router {
     let (routes, _) = documented().split_for_parts();
-    door::guard(routes.merge(pages()), app)
+    door::guard(routes.merge(pages()).merge(others.with_state(())), app)
+}
+
+/// A problem, for such routes: its status, the last part of its type, and what was expected.
+pub fn refusal(status: u16, kind: &'static str, detail: impl Into<String>) -> Response {
+    Problem::new(status, kind, detail).into_response()
 }
 
 #[derive(OpenApi)]

@@ -1,14 +1,17 @@
 // Publishes readings with MQTT.js and says what was acknowledged; subscribes and says what came.
 //
 // usage: mqttjs_client.mjs HOST PORT USERNAME PASSWORD CLIENT_ID {311|5} {publish|subscribe} TOPIC COUNT
-// Prints one JSON object a line.
+// With TRANSPORT=websockets it comes in at /mqtt. Prints one JSON object a line.
 
 import mqtt from "mqtt";
 
 const [host, port, username, password, clientId, version, action, topic, count] = process.argv.slice(2);
 const say = (fact) => console.log(JSON.stringify(fact));
 
-const client = await mqtt.connectAsync(`mqtt://${host}:${port}`, {
+const isWebSocket = process.env.TRANSPORT === "websockets";
+const url = isWebSocket ? `ws://${host}:${port}/mqtt` : `mqtt://${host}:${port}`;
+
+const client = await mqtt.connectAsync(url, {
   username,
   password,
   clientId,

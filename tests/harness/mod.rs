@@ -125,6 +125,11 @@ impl Fleet {
         &self.url
     }
 
+    /// Where REST answers, as an address.
+    pub(crate) fn http_addr(&self) -> SocketAddr {
+        self.url.trim_start_matches("http://").parse().expect("an address")
+    }
+
     /// The admin's access token.
     pub(crate) fn token(&self) -> &str {
         &self.token

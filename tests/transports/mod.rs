@@ -1,8 +1,9 @@
-//! Clients come in by TLS, with and without certificates, and through proxies, as they do by TCP.
+//! Clients come in by TLS, with and without certificates, by WebSocket and through proxies, as they do by TCP.
 
 mod certificates;
 mod proxy;
 mod tls;
+mod websocket;
 
 use std::path::Path;
 

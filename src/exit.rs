@@ -30,7 +30,7 @@ pub(crate) struct CannotListen {
 pub(crate) fn code(error: &anyhow::Error) -> ExitCode {
     let of_core = |error: &fleet_core::Error| match error {
         fleet_core::Error::Postgres(_) => 4,
-        fleet_core::Error::Invalid(_) => 2,
+        fleet_core::Error::Invalid(_) | fleet_core::Error::BadId(_) => 2,
         _ => 5,
     };
     let code = error.chain().find_map(|cause| {

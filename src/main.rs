@@ -1,10 +1,11 @@
-//! The command line: `muster serve`, `demo`, `sim`, `config`. Thin: each subcommand is a file.
+//! The command line: `muster serve`, `demo`, `sim`, `tls`, `config`. Thin: each subcommand is a file.
 
 mod demo;
 mod exit;
 mod serve;
 mod settings;
 mod sim;
+mod tls;
 mod websocket;
 
 use std::process::ExitCode;
@@ -31,6 +32,9 @@ enum Command {
     Demo(demo::Args),
     /// Simulate devices against a server and prove that nothing acknowledged was lost.
     Sim(Box<sim::Args>),
+    /// Make certificates for development.
+    #[command(subcommand)]
+    Tls(tls::Command),
     /// Print the settings in force, secrets masked.
     Config,
 }
@@ -44,6 +48,7 @@ async fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args).await,
         Command::Demo(args) => demo::run(args).await,
         Command::Sim(args) => sim::run(*args).await,
+        Command::Tls(command) => tls::run(&command),
         Command::Config => settings::print(),
     };
     result.unwrap_or_else(|error| {

@@ -1,14 +1,19 @@
 //! Who comes in by a certificate, who does not, and what each is told.
 
+use std::path::Path;
+use std::process::{Output, Stdio};
+
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use tokio::process::Command;
+use tokio::time::timeout;
 
 use super::{Secure, reading, with_password};
 use crate::harness::client::Client;
 use crate::harness::packet::{Connect, Packet};
 use crate::harness::pki::{self, Authority, Identity, VERSIONS};
 use crate::harness::raw::Version::{self, V5, V311};
-use crate::harness::{Device, Fleet};
+use crate::harness::{Device, Fleet, PATIENCE, muster};
 
 const BOTH: [Version; 2] = [V5, V311];
 
@@ -196,4 +201,85 @@ async fn somebody_elses_certificate_is_of_no_use_without_its_key() {
     }
     let ended = || secure.fleet.metric("muster_mqtt_early_ends_total", "tls handshake");
     secure.fleet.eventually(ended, |ended| *ended > 1.5).await;
+}
+
+// What `muster tls` makes
+
+async fn run(data_dir: &Path, args: &[&str]) -> Output {
+    let output = muster().arg("tls").args(args).env("MUSTER__DATA_DIR", data_dir).stdin(Stdio::null()).output();
+    timeout(PATIENCE, output).await.expect("it ends in time").expect("the binary is built")
+}
+
+fn mode(file: &Path) -> u32 {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::metadata(file).expect("it was made").permissions().mode() & 0o777
+}
+
+#[tokio::test]
+async fn mosquitto_comes_in_with_what_muster_tls_makes() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let data_dir = dir.path().join("data");
+    assert!(run(&data_dir, &["init", "--host", "mqtt.example.com"]).await.status.success());
+    assert!(run(&data_dir, &["device", "boiler-1"]).await.status.success());
+    let tls = data_dir.join("tls");
+    for key in ["ca-key.pem", "server-key.pem", "devices/main/boiler-1-key.pem"] {
+        assert_eq!(mode(&tls.join(key)), 0o600, "{key}");
+    }
+    let data = data_dir.to_str().expect("text");
+    let fleet = Fleet::start_with(&[("MUSTER__MQTT__TLS_LISTEN", "127.0.0.1:0"), ("MUSTER__DATA_DIR", data)]).await;
+    let device = fleet.enrol("boiler-1").await;
+    let port = fleet.mqtts_addr().port().to_string();
+    let mosquitto = |program: &str, version: &str, with_certificate: bool| {
+        let mut command = Command::new(program);
+        command.args(["-h", "localhost", "-p", &port, "-V", version, "-q", "1", "-i", "any"]);
+        command.args(["-t", &device.topic("telemetry")]).arg("--cafile").arg(tls.join("ca.pem"));
+        if with_certificate {
+            command.arg("--cert").arg(tls.join("devices/main/boiler-1.pem"));
+            command.arg("--key").arg(tls.join("devices/main/boiler-1-key.pem"));
+        }
+        command.stdin(Stdio::null()).kill_on_drop(true);
+        command
+    };
+    for (version, metric) in [("311", "a"), ("5", "b")] {
+        let publish = async |with_certificate: bool| {
+            let mut command = mosquitto("mosquitto_pub", version, with_certificate);
+            command.args(["-m", &format!(r#"{{"{metric}":1}}"#)]).stderr(Stdio::null());
+            timeout(PATIENCE, command.status()).await.expect("it ends in time").expect("`make setup` installs it")
+        };
+        assert!(publish(true).await.success(), "{version}");
+        assert!(!publish(false).await.success(), "without a certificate it is nobody");
+    }
+    let latest = fleet.get("/api/v1/devices/boiler-1/telemetry/latest").await;
+    assert_eq!(latest["items"].as_array().map(Vec::len), Some(2), "{latest}");
+
+    let mut subscriber = mosquitto("mosquitto_sub", "5", true);
+    let subscriber = subscriber.args(["-C", "1"]).stdout(Stdio::piped()).spawn().expect("`make setup` installs it");
+    let held = || fleet.metric("muster_mqtt_subscriptions", "");
+    fleet.eventually(held, |held| *held > 0.5).await;
+    let mut sender = fleet.connect(&device).await;
+    sender.publish(&device.topic("telemetry"), r#"{"c":1}"#).await;
+    let said = timeout(PATIENCE, subscriber.wait_with_output()).await.expect("it ends in time").expect("its output");
+    assert_eq!(String::from_utf8_lossy(&said.stdout).trim(), r#"{"c":1}"#);
+}
+
+#[tokio::test]
+async fn muster_tls_overwrites_nothing_unasked() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let before_init = run(dir.path(), &["device", "boiler-1"]).await;
+    assert!(!before_init.status.success());
+    assert!(String::from_utf8_lossy(&before_init.stderr).contains("muster tls init"));
+    assert!(run(dir.path(), &["init"]).await.status.success());
+    let authority = || std::fs::read(dir.path().join("tls/ca.pem")).expect("it was made");
+    let first = authority();
+    let again = run(dir.path(), &["init"]).await;
+    assert_eq!((again.status.code(), authority() == first), (Some(1), true));
+    assert!(String::from_utf8_lossy(&again.stderr).contains("--force"));
+    assert!(run(dir.path(), &["init", "--force"]).await.status.success());
+    assert_ne!(authority(), first);
+    assert!(run(dir.path(), &["device", "boiler-1", "--tenant", "acme"]).await.status.success());
+    assert_eq!(run(dir.path(), &["device", "boiler-1", "--tenant", "acme"]).await.status.code(), Some(1));
+    for bad in [["device", "../x", "--tenant", "main"], ["device", "x", "--tenant", "../main"]] {
+        assert_eq!(run(dir.path(), &bad).await.status.code(), Some(2), "{bad:?}");
+    }
+    assert_eq!(run(dir.path(), &["init", "--force", "--host", "two words"]).await.status.code(), Some(2));
 }

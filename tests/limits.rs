@@ -109,6 +109,21 @@ async fn what_is_too_large_for_a_client_is_not_sent_to_it() {
 }
 
 #[tokio::test]
+async fn a_client_that_takes_no_answer_of_this_size_is_let_go() {
+    let fleet = Fleet::start().await;
+    let device = fleet.enrol("tiny").await;
+    let hello = |bytes| Hello { max_packet: Some(bytes), ..Hello::new(V5, "tiny") };
+    let mut raw = Raw::hello(&fleet, &device, hello(10)).await;
+    assert_eq!(raw.answer().await, Closed, "no room for the CONNACK, and before it nothing may be said (§3.14)");
+    let mut raw = Raw::hello(&fleet, &device, hello(24)).await;
+    assert_eq!(raw.answer().await, ConnAck(0));
+    let many = (0..30).fold(bytes().u16(1).u8(0), |body, n| body.text(device.topic(&n.to_string())).u8(0));
+    raw.send(&many.packet(0x82)).await;
+    raw.ends_with(0x95, "no room for the SUBACK (§3.1.2.11.4)").await;
+    assert!((hits(&fleet, "client_packet_bytes").await - 2.0).abs() < 0.1);
+}
+
+#[tokio::test]
 async fn a_client_that_falls_silent_is_let_go_after_one_and_a_half_keep_alives() {
     let fleet = Fleet::start().await;
     let device = fleet.enrol("silent").await;

@@ -101,6 +101,8 @@ enum End {
     Violation(Violation),
     /// A 3.1.1 client published where it may not: there is no other way to say so.
     Denied,
+    /// An answer is larger than the client takes (MQTT 5 §3.1.2.11.4): it would wait for it for ever.
+    Unanswerable,
     /// Asked from outside.
     Close(Close),
     /// A defect of ours.
@@ -117,6 +119,7 @@ impl End {
             Self::TooSlow => "too slow",
             Self::Violation(violation) => violation.reason.text(),
             Self::Denied => "not authorized",
+            Self::Unanswerable => Reason::PacketTooLarge.text(),
             Self::Close(close) => close.reason().0.text(),
             Self::Panicked => "internal error",
         }
@@ -130,6 +133,7 @@ impl End {
             Self::KeepAlive => known((Reason::KeepAliveTimeout, "nothing came within 1.5 times the keep alive")),
             Self::TooSlow => known((Reason::UnspecifiedError, "a packet was not sent or not read in time")),
             Self::Violation(violation) => Some((violation.reason, violation.text.to_string())),
+            Self::Unanswerable => known((Reason::PacketTooLarge, "an answer is larger than Maximum Packet Size")),
             Self::Close(close) => known(close.reason()),
             Self::Panicked => known((Reason::UnspecifiedError, "internal error")),
         }
@@ -204,6 +208,10 @@ struct Connection<S> {
     /// The highest place in the session's queue that was sent.
     sent_to: i64,
 
+    /// CONNACK was sent: before it, nothing else may be (MQTT 5 §3.14).
+    is_greeted: bool,
+    /// An answer did not fit what the client takes.
+    is_unanswered: bool,
     keep_alive: Option<Duration>,
     last_packet: Instant,
     /// Since when a packet has begun and not ended.
@@ -252,6 +260,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             held: None,
             feeds: VecDeque::new(),
             sent_to: 0,
+            is_greeted: false,
+            is_unanswered: false,
             keep_alive: admitted.keep_alive.map(|keep_alive| keep_alive.mul_f32(1.5)),
             last_packet: Instant::now(),
             partial_since: None,
@@ -260,6 +270,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             shared,
         };
         connection.send(Outgoing::ConnAck(&admitted.answer));
+        connection.is_greeted = !connection.is_unanswered;
         connection.see(Change::connected);
         connection
     }
@@ -271,6 +282,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     /// Works until the connection ends.
     async fn run(&mut self) -> End {
+        if !self.is_greeted {
+            return End::Unanswerable;
+        }
         let timer = sleep_until(self.deadline());
         tokio::pin!(timer);
         loop {
@@ -311,6 +325,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.settle()?;
         self.read_packets()?;
         self.send_deliveries();
+        if self.is_unanswered {
+            return Err(End::Unanswerable);
+        }
         self.stream.release_inbound();
         self.stream.write_some().await.map_err(|_| End::SocketClosed)?;
         if self.stream.outbound.is_empty() {
@@ -419,6 +436,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     fn send(&mut self, packet: Outgoing<'_>) {
         if self.encoder.encode(packet, &mut self.stream.outbound).is_err() {
             self.shared.metrics.hit(Limit::ClientPacketBytes);
+            self.is_unanswered = true;
         }
     }
 
@@ -444,7 +462,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if let End::Violation(violation) = &end {
             count_violation(&shared, violation);
         }
-        if let Some((reason, text)) = end.farewell() {
+        if let Some((reason, text)) = end.farewell().filter(|_| self.is_greeted) {
             let goodbye = Outgoing::Disconnect { reason, reason_string: Some(&text), user_properties: &[] };
             say_goodbye(&mut self.stream, &self.encoder, goodbye).await;
         }

@@ -66,10 +66,14 @@ FUZZ_FLAGS := --cfg fuzzing -Cdebug-assertions -Cpasses=sancov-module -Cllvm-arg
   -Cllvm-args=-sanitizer-coverage-trace-compares
 
 .PHONY: fuzz
-fuzz: setup ## Attack the MQTT decoder until Ctrl-C
+SECONDS ?= 600
+fuzz: setup ## Attack the MQTT decoder, then a server's connections and sessions (SECONDS=600 each, SEED=…)
 	RUSTFLAGS="$(FUZZ_FLAGS)" $(IN_TARGET) cargo build --locked --target $(HOST) --manifest-path broker/fuzz/Cargo.toml
 	@mkdir -p $(TARGET)/corpus
-	@exec $(TARGET)/$(HOST)/debug/decoder -artifact_prefix=$(TARGET)/ $(TARGET)/corpus
+	$(TARGET)/$(HOST)/debug/decoder -max_total_time=$(SECONDS) -print_final_stats=1 -artifact_prefix=$(TARGET)/ $(TARGET)/corpus
+	cargo nextest run --locked --workspace --no-run
+	MUSTER_FUZZ_SECONDS=$(SECONDS) MUSTER_FUZZ_SEED=$(SEED) $(TARGET)/debug/with-postgres -- \
+	  cargo nextest run --locked -p muster --profile soak --no-capture --run-ignored only fuzz::
 
 .PHONY: setup
 setup: ## Install what tests and checks need, where that is allowed

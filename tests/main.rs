@@ -6,6 +6,7 @@ mod conformance;
 mod crash;
 mod demo;
 mod foreign_clients;
+mod fuzz;
 mod harness;
 mod hostile;
 mod limits;

@@ -1,5 +1,6 @@
 //! A real server for a test: the binary itself, on a database of its own, on ports of its own.
 
+pub(crate) mod attacker;
 pub(crate) mod client;
 mod mqtt;
 pub(crate) mod packet;
@@ -7,7 +8,7 @@ pub(crate) mod pki;
 pub(crate) mod raw;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -63,23 +64,32 @@ impl Fleet {
 
     /// A server with some settings of its own: `("MUSTER__MQTT__MAX_SUBSCRIPTIONS", "3")`.
     pub(crate) async fn start_with(settings: &[(&str, &str)]) -> Self {
+        Self::start_to(settings, Stdio::inherit()).await
+    }
+
+    /// As [`Fleet::start_with`], with what the server logs in a file.
+    pub(crate) async fn start_logged(settings: &[(&str, &str)], log: &Path) -> Self {
+        Self::start_to(settings, std::fs::File::create(log).expect("the file can be made").into()).await
+    }
+
+    async fn start_to(settings: &[(&str, &str)], log: Stdio) -> Self {
         let db = TestDb::new().await;
         let url = ("MUSTER__DATABASE__URL".to_owned(), db.options().to_url_lossy().to_string());
         let own = settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
-        Self::launch(std::iter::once(url).chain(own).collect(), Some(db)).await
+        Self::launch(std::iter::once(url).chain(own).collect(), Some(db), log).await
     }
 
     /// A server on its embedded PostgreSQL.
     pub(crate) async fn start_embedded() -> Self {
-        Self::launch(Vec::new(), None).await
+        Self::launch(Vec::new(), None, Stdio::inherit()).await
     }
 
-    async fn launch(settings: Vec<(String, String)>, db: Option<TestDb>) -> Self {
+    async fn launch(settings: Vec<(String, String)>, db: Option<TestDb>, log: Stdio) -> Self {
         // The embedded database runs as another user, who must be able to reach its directory.
         let data = tempfile::Builder::new().prefix("muster-journey-").tempdir_in("/tmp").expect("/tmp can be written");
         let data_dir = ("MUSTER__DATA_DIR".to_owned(), data.path().join("data").display().to_string());
         let mut settings: Vec<_> = std::iter::once(data_dir).chain(settings).collect();
-        let (child, Ready { url, mqtt, mqtts }) = spawn(&settings).await;
+        let (child, Ready { url, mqtt, mqtts }) = spawn(&settings, log).await;
         // A second start finds its clients again.
         let address = url.trim_start_matches("http://").to_owned();
         settings.push(("MUSTER__HTTP__LISTEN".into(), address));
@@ -282,7 +292,7 @@ impl Fleet {
 
     /// Starts the server again on the same data, addresses and database.
     pub(crate) async fn start_again(&mut self) {
-        let (child, ready) = spawn(&self.settings).await;
+        let (child, ready) = spawn(&self.settings, Stdio::inherit()).await;
         self.child = child;
         self.url = ready.url;
         self.mqtt = ready.mqtt;
@@ -329,7 +339,7 @@ impl Ready {
     }
 }
 
-async fn spawn(settings: &[(String, String)]) -> (Child, Ready) {
+async fn spawn(settings: &[(String, String)], log: Stdio) -> (Child, Ready) {
     let mut child = muster()
         .arg("serve")
         .env("MUSTER__HTTP__LISTEN", "127.0.0.1:0")
@@ -339,6 +349,7 @@ async fn spawn(settings: &[(String, String)]) -> (Child, Ready) {
         .envs(settings.iter().map(|(key, value)| (key, value)))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
+        .stderr(log)
         .spawn()
         .expect("the binary is built");
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();

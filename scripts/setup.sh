@@ -77,12 +77,13 @@ install_paho() {
     fi
 }
 
-# The JavaScript client of the journeys: exactly what its lock says.
-install_mqttjs() {
-    if ! cmp -s tests/clients/package-lock.json tests/clients/node_modules/.installed; then
-        say "installing MQTT.js into tests/clients/node_modules"
-        npm ci --prefix tests/clients --silent --no-audit --no-fund || fail "npm ci in tests/clients failed"
-        cp tests/clients/package-lock.json tests/clients/node_modules/.installed
+# The JavaScript clients of the journeys: exactly what their locks say.
+install_npm() {
+    local name=$1 dir=$2
+    if ! cmp -s "$dir/package-lock.json" "$dir/node_modules/.installed"; then
+        say "installing $name into $dir/node_modules"
+        npm ci --prefix "$dir" --silent --no-audit --no-fund --ignore-scripts || fail "npm ci in $dir failed"
+        cp "$dir/package-lock.json" "$dir/node_modules/.installed"
     fi
 }
 
@@ -100,5 +101,6 @@ check_versions
 if [ "$what" = test ]; then
     have cargo-nextest || fail "cargo-nextest is missing: run cargo install cargo-nextest --locked"
     install_paho
-    install_mqttjs
+    install_npm MQTT.js tests/clients
+    install_npm Node-RED tests/clients/node-red
 fi

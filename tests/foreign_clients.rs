@@ -1,4 +1,5 @@
-//! Devices of every make work unchanged: Eclipse Paho (Python), MQTT.js and mosquitto, in both versions of the protocol.
+//! Devices of every make work unchanged: Eclipse Paho (Python), MQTT.js and mosquitto, in both versions of the protocol, over
+//! TCP, TLS and WebSocket.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -9,6 +10,7 @@ use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
 use crate::harness::{ADMIN, Device, Fleet, PATIENCE};
+use crate::transports::Secure;
 
 /// Readings each client sends.
 const READINGS: usize = 20;
@@ -22,8 +24,10 @@ enum Client {
 
 /// What carries its bytes.
 #[derive(Clone, Copy, Debug)]
-enum Carrier {
+enum Carrier<'a> {
     Tcp,
+    /// With this authority to be trusted.
+    Tls(&'a Path),
     WebSocket,
 }
 
@@ -47,20 +51,22 @@ impl Client {
     /// As [`Client::start`], over any carrier.
     fn start_over(
         self,
-        carrier: Carrier,
+        carrier: Carrier<'_>,
         fleet: &Fleet,
         who: (&str, &str, &str),
         version: &str,
         what: (&str, &str, usize),
     ) -> Child {
-        let (address, transport) = match carrier {
-            Carrier::Tcp => (fleet.mqtt_addr(), "tcp"),
-            Carrier::WebSocket => (fleet.http_addr(), "websockets"),
+        let (address, transport, ca) = match carrier {
+            Carrier::Tcp => (fleet.mqtt_addr(), "tcp", None),
+            Carrier::Tls(ca) => (fleet.mqtts_addr(), "tls", Some(ca)),
+            Carrier::WebSocket => (fleet.http_addr(), "websockets", None),
         };
         let (id, username, password) = who;
         let (action, topic, count) = what;
         self.command()
             .env("TRANSPORT", transport)
+            .envs(ca.map(|ca| ("CA_FILE", ca)))
             .args([&address.ip().to_string(), &address.port().to_string(), username, password, id, version])
             .args([action, topic, &count.to_string()])
             .spawn()
@@ -94,22 +100,21 @@ async fn said(mut child: Child) -> Vec<Value> {
 }
 
 async fn publishes_and_subscribes(client: Client, version: &str) {
-    publishes_and_subscribes_over(Carrier::Tcp, client, version).await;
+    publishes_and_subscribes_over(Carrier::Tcp, &Fleet::start().await, client, version).await;
 }
 
-async fn publishes_and_subscribes_over(carrier: Carrier, client: Client, version: &str) {
-    let fleet = Fleet::start().await;
+async fn publishes_and_subscribes_over(carrier: Carrier<'_>, fleet: &Fleet, client: Client, version: &str) {
     let device = fleet.enrol("foreign-1").await;
     let mut watcher = fleet.connect_admin("watcher").await;
     watcher.subscribe("fleet/v1/main/+/telemetry").await;
     let topic = device.topic("telemetry");
     let reader = ("reader", ADMIN.0, fleet.token());
-    let subscriber = client.start_over(carrier, &fleet, reader, version, ("subscribe", &topic, READINGS));
+    let subscriber = client.start_over(carrier, fleet, reader, version, ("subscribe", &topic, READINGS));
     // The subscriber is heard of once it holds its subscription.
     let subscriptions = || fleet.metric("muster_mqtt_subscriptions", "");
     fleet.eventually(subscriptions, |held| *held > 1.5).await;
 
-    let publisher = client.start_over(carrier, &fleet, as_device(&device), version, ("publish", &topic, READINGS));
+    let publisher = client.start_over(carrier, fleet, as_device(&device), version, ("publish", &topic, READINGS));
     let acknowledged = said(publisher).await;
     assert_eq!(acknowledged.len(), READINGS, "{acknowledged:?}");
     assert_eq!(fleet.series(&device, "t").await.len(), READINGS, "acknowledged means stored");
@@ -146,13 +151,25 @@ async fn mqttjs_publishes_and_subscribes_with_mqtt_5() {
 }
 
 #[tokio::test]
+async fn paho_publishes_and_subscribes_over_tls() {
+    let secure = Secure::start().await;
+    publishes_and_subscribes_over(Carrier::Tls(&secure.ca_file()), &secure.fleet, Client::Paho, "311").await;
+}
+
+#[tokio::test]
+async fn mqttjs_publishes_and_subscribes_over_tls() {
+    let secure = Secure::start().await;
+    publishes_and_subscribes_over(Carrier::Tls(&secure.ca_file()), &secure.fleet, Client::MqttJs, "5").await;
+}
+
+#[tokio::test]
 async fn paho_publishes_and_subscribes_over_websocket() {
-    publishes_and_subscribes_over(Carrier::WebSocket, Client::Paho, "5").await;
+    publishes_and_subscribes_over(Carrier::WebSocket, &Fleet::start().await, Client::Paho, "5").await;
 }
 
 #[tokio::test]
 async fn mqttjs_publishes_and_subscribes_over_websocket() {
-    publishes_and_subscribes_over(Carrier::WebSocket, Client::MqttJs, "311").await;
+    publishes_and_subscribes_over(Carrier::WebSocket, &Fleet::start().await, Client::MqttJs, "311").await;
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ mod fuzz;
 mod harness;
 mod hostile;
 mod limits;
+mod node_red;
 mod readings;
 mod roles;
 mod sessions;

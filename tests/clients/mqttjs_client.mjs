@@ -1,17 +1,25 @@
 // Publishes readings with MQTT.js and says what was acknowledged; subscribes and says what came.
 //
 // usage: mqttjs_client.mjs HOST PORT USERNAME PASSWORD CLIENT_ID {311|5} {publish|subscribe} TOPIC COUNT
-// With TRANSPORT=websockets it comes in at /mqtt. Prints one JSON object a line.
+// With TRANSPORT=websockets it comes in at /mqtt, with TRANSPORT=tls it trusts the authority in CA_FILE. Prints one JSON object
+// a line.
+
+import { readFileSync } from "node:fs";
 
 import mqtt from "mqtt";
 
 const [host, port, username, password, clientId, version, action, topic, count] = process.argv.slice(2);
 const say = (fact) => console.log(JSON.stringify(fact));
 
-const isWebSocket = process.env.TRANSPORT === "websockets";
-const url = isWebSocket ? `ws://${host}:${port}/mqtt` : `mqtt://${host}:${port}`;
+const carriers = {
+  tcp: { url: `mqtt://${host}:${port}` },
+  tls: { url: `mqtts://${host}:${port}`, ca: process.env.CA_FILE && readFileSync(process.env.CA_FILE) },
+  websockets: { url: `ws://${host}:${port}/mqtt` },
+};
+const { url, ca } = carriers[process.env.TRANSPORT ?? "tcp"];
 
 const client = await mqtt.connectAsync(url, {
+  ca,
   username,
   password,
   clientId,

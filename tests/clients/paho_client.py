@@ -1,7 +1,7 @@
 """Publishes readings with Eclipse Paho and says what was acknowledged; subscribes and says what came.
 
 usage: paho_client.py HOST PORT USERNAME PASSWORD CLIENT_ID {311|5} {publish|subscribe|will} TOPIC COUNT
-With TRANSPORT=websockets it comes in at /mqtt. Prints one JSON object a line.
+With TRANSPORT=websockets it comes in at /mqtt, with TRANSPORT=tls it trusts the authority in CA_FILE. Prints one JSON object a line.
 """
 
 import json
@@ -20,8 +20,11 @@ def say(**fact):
 
 def connect(host, port, username, password, client_id, version, will=None):
     protocol = mqtt.MQTTv5 if version == "5" else mqtt.MQTTv311
-    transport = os.environ.get("TRANSPORT", "tcp")
+    carrier = os.environ.get("TRANSPORT", "tcp")
+    transport = "websockets" if carrier == "websockets" else "tcp"
     client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol, transport=transport)
+    if carrier == "tls":
+        client.tls_set(ca_certs=os.environ["CA_FILE"])
     client.username_pw_set(username, password)
     if will:
         client.will_set(will, json.dumps({"state": "lost"}), qos=1, retain=True)

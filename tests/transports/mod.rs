@@ -5,7 +5,7 @@ mod proxy;
 mod tls;
 mod websocket;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 use tokio::net::TcpStream;
@@ -18,15 +18,15 @@ use crate::harness::raw::Version;
 use crate::harness::{Device, Fleet};
 
 /// A server with TLS: its own certificate from one authority, its devices' from another.
-struct Secure {
-    fleet: Fleet,
+pub(crate) struct Secure {
+    pub(crate) fleet: Fleet,
     servers: Authority,
-    devices: Authority,
+    pub(crate) devices: Authority,
     dir: TempDir,
 }
 
 impl Secure {
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::start_with(&[]).await
     }
 
@@ -49,12 +49,20 @@ impl Secure {
         Self { fleet, servers, devices, dir }
     }
 
-    fn path(&self) -> &Path {
+    /// A directory for files of the test.
+    pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }
 
+    /// Whom clients must trust, as a file.
+    pub(crate) fn ca_file(&self) -> PathBuf {
+        let file = self.path().join("servers-ca.pem");
+        std::fs::write(&file, &self.servers.certificate).expect("the directory can be written");
+        file
+    }
+
     /// An encrypted connection on which nothing was said.
-    async fn tls(&self, identity: Option<&Identity>) -> TlsStream<TcpStream> {
+    pub(crate) async fn tls(&self, identity: Option<&Identity>) -> TlsStream<TcpStream> {
         let connected = pki::connect(self.fleet.mqtts_addr(), &self.servers.certificate, identity, &VERSIONS).await;
         connected.expect("the handshake succeeds")
     }
@@ -72,7 +80,7 @@ impl Secure {
 }
 
 /// A CONNECT with the device's user name and password.
-fn with_password(version: Version, device: &Device) -> Connect {
+pub(crate) fn with_password(version: Version, device: &Device) -> Connect {
     Connect::new(version, &device.id, Some((device.username.clone(), device.password.clone())))
 }
 

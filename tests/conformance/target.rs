@@ -11,15 +11,15 @@ use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
 use crate::harness::client::{Client, Socket};
-use crate::harness::packet::{ConnAck, Connect, Publish, Will};
+use crate::harness::packet::{ConnAck, Connect};
 use crate::harness::raw::Version;
-use crate::harness::{ADMIN, Fleet, PATIENCE};
+use crate::harness::{Fleet, PATIENCE};
 
 /// A running server of its own for one scenario.
 pub(super) struct Target {
     server: Server,
-    /// Before every topic and filter.
-    prefix: &'static str,
+    /// User name and password of somebody who may use every topic but `test/nosubscribe`.
+    login: Option<(String, String)>,
 }
 
 enum Server {
@@ -54,12 +54,14 @@ impl Target {
             assert!(Instant::now() < deadline, "mosquitto listens in time");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        Self { server: Server::Mosquitto { _process: Box::new(process), directory }, prefix: "" }
+        Self { server: Server::Mosquitto { _process: Box::new(process), directory }, login: None }
     }
 
     /// Muster with some settings of its own.
     pub(super) async fn muster(settings: &[(&str, &str)]) -> Self {
-        Self { server: Server::Muster(Box::new(Fleet::start_with(settings).await)), prefix: "app/main/" }
+        let fleet = Fleet::start_with(settings).await;
+        let login = Some(fleet.platform_user().await);
+        Self { server: Server::Muster(Box::new(fleet)), login }
     }
 
     /// Whether it is the product, which may be asked for more than the standard leaves open.
@@ -67,31 +69,9 @@ impl Target {
         matches!(self.server, Server::Muster(_))
     }
 
-    /// The server's own name for a topic or filter of a scenario.
-    pub(super) fn topic(&self, topic: &str) -> String {
-        match topic.strip_prefix("$share/").and_then(|shared| shared.split_once('/')) {
-            Some((group, filter)) => format!("$share/{group}/{}{filter}", self.prefix),
-            None => format!("{}{topic}", self.prefix),
-        }
-    }
-
-    /// A message at QoS 0.
-    pub(super) fn message(&self, topic: &str, payload: impl Into<Vec<u8>>) -> Publish {
-        Publish::new(self.topic(topic), payload)
-    }
-
-    /// A will at QoS 0.
-    pub(super) fn will(&self, topic: &str, payload: impl Into<Vec<u8>>) -> Will {
-        Will { topic: self.topic(topic), payload: payload.into(), ..Will::default() }
-    }
-
     /// A clean CONNECT of somebody who may do everything but subscribe to `test/nosubscribe`.
     pub(super) fn hello(&self, version: Version, client_id: &str) -> Connect {
-        let login = match &self.server {
-            Server::Mosquitto { .. } => None,
-            Server::Muster(fleet) => Some((ADMIN.0.to_owned(), fleet.token().to_owned())),
-        };
-        Connect::new(version, client_id, login)
+        Connect::new(version, client_id, self.login.clone())
     }
 
     /// A connection on which nothing has been said.

@@ -1,6 +1,7 @@
 //! MQTT 3.1.1: the ten tests of the suite, and the one on wills that it holds but does not run.
 
 use super::{Settings, Target, conforms, heard, muster_conforms, shared, texts};
+use crate::harness::packet::{Publish, Will};
 use crate::harness::raw::Version::V311;
 
 #[tokio::test]
@@ -19,10 +20,10 @@ async fn retained_messages(at: &Target) {
     for payload in ["qos", ""] {
         let mut a = at.connect(V311, "a").await;
         for (qos, topic) in (0..).zip(topics) {
-            a.publish(at.message(topic, payload).qos(qos).retained()).await;
+            a.publish(Publish::new(topic, payload).qos(qos).retained()).await;
         }
-        a.subscribe(&at.topic("+/+"), 2).await;
-        let mut received = heard(at, &mut a).await;
+        a.subscribe("+/+", 2).await;
+        let mut received = heard(&mut a).await;
         received.sort_by_key(|message| message.qos);
         let expected = if payload.is_empty() { vec![] } else { (0..=2).map(|qos| ("qos".to_owned(), qos)).collect() };
         assert_eq!(texts(&received), expected);
@@ -39,13 +40,13 @@ async fn test_will_message() {
 /// The will of a client that vanishes is sent.
 async fn will_message(at: &Target) {
     let mut b = at.connect(V311, "b").await;
-    b.subscribe(&at.topic("Topic/C"), 2).await;
-    let (a, _) = at.join(at.hello(V311, "a").will(at.will("Topic/C", "client not disconnected"))).await;
+    b.subscribe("Topic/C", 2).await;
+    let (a, _) = at.join(at.hello(V311, "a").will(Will::new("Topic/C", "client not disconnected"))).await;
     a.vanish();
     assert_eq!(b.message().await.text(), "client not disconnected");
-    let (a, _) = at.join(at.hello(V311, "a").will(at.will("Topic/C", "a good-bye was said"))).await;
+    let (a, _) = at.join(at.hello(V311, "a").will(Will::new("Topic/C", "a good-bye was said"))).await;
     a.disconnect().await;
-    assert_eq!(heard(at, &mut b).await, [], "§3.14.4-3");
+    assert_eq!(heard(&mut b).await, [], "§3.14.4-3");
 }
 
 #[tokio::test]

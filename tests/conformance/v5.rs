@@ -9,7 +9,7 @@ use crate::harness::packet::Property::{
     SessionExpiry, SubscriptionId, TopicAlias, TopicAliasMaximum, WillDelay,
 };
 use crate::harness::packet::kind::PUBREC;
-use crate::harness::packet::{Property, Publish, Varint, property, user, users};
+use crate::harness::packet::{Property, Publish, Varint, Will, property, user, users};
 use crate::harness::raw::Version::V5;
 
 /// Options of a subscription beside its QoS (§3.8.3.1).
@@ -27,9 +27,9 @@ async fn test_basic() {
 }
 
 /// Retains a message of each QoS.
-async fn retain(at: &Target, client: &mut Client, properties: &[Property]) {
+async fn retain(client: &mut Client, properties: &[Property]) {
     for (qos, topic) in (0..).zip(BY_QOS) {
-        let message = Publish { properties: properties.to_vec(), ..at.message(topic, "kept").qos(qos).retained() };
+        let message = Publish { properties: properties.to_vec(), ..Publish::new(topic, "kept").qos(qos).retained() };
         assert!(client.publish(message).await < 0x80);
     }
 }
@@ -49,9 +49,9 @@ async fn test_retained_message() {
 /// Retained messages keep their user properties.
 async fn retained_message(at: &Target) {
     let mut a = at.connect(V5, "a").await;
-    retain(at, &mut a, &[user("a", "2"), user("c", "3")]).await;
-    a.subscribe(&at.topic("+/+"), 2).await;
-    let received = heard(at, &mut a).await;
+    retain(&mut a, &[user("a", "2"), user("c", "3")]).await;
+    a.subscribe("+/+", 2).await;
+    let received = heard(&mut a).await;
     assert_eq!(by_qos(&received), [0, 1, 2]);
     for message in received {
         assert!(message.retain, "§3.3.1-8");
@@ -68,8 +68,8 @@ async fn test_will_message() {
 /// A will keeps its user properties.
 async fn will_message(at: &Target) {
     let mut b = at.connect(V5, "b").await;
-    b.subscribe(&at.topic("Topic/C"), 2).await;
-    let mut will = at.will("Topic/C", "will message");
+    b.subscribe("Topic/C", 2).await;
+    let mut will = Will::new("Topic/C", "will message");
     will.qos = 2;
     will.properties = vec![WillDelay(0), user("a", "2"), user("c", "3")];
     let (a, _) = at.join(at.hello(V5, "a").keep_alive(1).will(will)).await;
@@ -144,7 +144,7 @@ async fn session_expiry(at: &Target) {
     let fate = async |client: &str, connect: u32, disconnect: Option<u32>, seconds: f64| {
         let (mut a, connack) = at.join(at.hello(V5, client).with(SessionExpiry(connect))).await;
         assert!(!connack.present);
-        a.subscribe(&at.topic("TopicA"), 2).await;
+        a.subscribe("TopicA", 2).await;
         let properties: Vec<_> = disconnect.into_iter().map(SessionExpiry).collect();
         a.disconnect_with(0, &properties).await;
         passes(seconds).await;
@@ -173,9 +173,9 @@ async fn test_user_properties() {
 
 async fn user_properties(at: &Target) {
     let mut a = at.connect(V5, "a").await;
-    a.subscribe(&at.topic("TopicA"), 2).await;
+    a.subscribe("TopicA", 2).await;
     for qos in 0..=2 {
-        a.publish(at.message("TopicA", "").qos(qos).with(user("a", "2")).with(user("c", "3"))).await;
+        a.publish(Publish::new("TopicA", "").qos(qos).with(user("a", "2")).with(user("c", "3"))).await;
     }
     let received = a.messages(3).await;
     assert_eq!(by_qos(&received), [0, 1, 2]);
@@ -192,9 +192,9 @@ async fn test_payload_format() {
 
 async fn payload_format(at: &Target) {
     let mut a = at.connect(V5, "a").await;
-    a.subscribe(&at.topic("TopicA"), 2).await;
+    a.subscribe("TopicA", 2).await;
     for qos in 0..=2 {
-        let message = at.message("TopicA", "").qos(qos);
+        let message = Publish::new("TopicA", "").qos(qos);
         a.publish(message.with(PayloadFormat(1)).with(ContentType("My name".into()))).await;
     }
     let received = a.messages(3).await;
@@ -214,13 +214,13 @@ async fn test_publication_expiry() {
 /// Messages that waited too long are not sent; others say how long they have left.
 async fn publication_expiry(at: &Target) {
     let (mut b, _) = at.join(at.hello(V5, "b").kept()).await;
-    b.subscribe(&at.topic("TopicA"), 2).await;
+    b.subscribe("TopicA", 2).await;
     b.disconnect().await;
     let mut a = at.connect(V5, "a").await;
     let since = Instant::now();
     for (expiry, fate) in [(1, "expire"), (60, "don't expire")] {
         for qos in [1, 2] {
-            let message = at.message("TopicA", format!("qos {qos} - {fate}")).qos(qos);
+            let message = Publish::new("TopicA", format!("qos {qos} - {fate}")).qos(qos);
             a.publish(message.with(MessageExpiry(expiry))).await;
         }
     }
@@ -228,7 +228,7 @@ async fn publication_expiry(at: &Target) {
     passes(2.5).await;
     let waited_at_least = published.elapsed().as_secs();
     let (mut b, _) = at.join(at.hello(V5, "b").kept()).await;
-    let received = heard(at, &mut b).await;
+    let received = heard(&mut b).await;
     let waited_at_most = since.elapsed().as_secs() + 1;
     let expected = [1, 2].map(|qos| (format!("qos {qos} - don't expire"), qos));
     assert_eq!(texts(&received), expected, "§3.3.2-5");
@@ -249,18 +249,18 @@ async fn test_subscribe_options() {
 async fn subscribe_options(at: &Target) {
     let (mut a, mut b) = (at.connect(V5, "a").await, at.connect(V5, "b").await);
     for client in [&mut a, &mut b] {
-        client.subscribe(&at.topic("TopicA"), 2 | NO_LOCAL).await;
+        client.subscribe("TopicA", 2 | NO_LOCAL).await;
     }
-    a.publish(at.message("TopicA", "noLocal test").qos(1)).await;
-    assert_eq!(texts(&heard(at, &mut b).await), [("noLocal test".to_owned(), 1)]);
-    assert_eq!(heard(at, &mut a).await, [], "§3.8.3-3");
+    a.publish(Publish::new("TopicA", "noLocal test").qos(1)).await;
+    assert_eq!(texts(&heard(&mut b).await), [("noLocal test".to_owned(), 1)]);
+    assert_eq!(heard(&mut a).await, [], "§3.8.3-3");
     a.disconnect().await;
     b.disconnect().await;
 
     let mut a = at.connect(V5, "a").await;
-    a.subscribe(&at.topic("TopicA"), 2 | AS_PUBLISHED).await;
-    a.publish(at.message("TopicA", "false").qos(1)).await;
-    a.publish(at.message("TopicA", "true").qos(1).retained()).await;
+    a.subscribe("TopicA", 2 | AS_PUBLISHED).await;
+    a.publish(Publish::new("TopicA", "false").qos(1)).await;
+    a.publish(Publish::new("TopicA", "true").qos(1).retained()).await;
     let flags: Vec<_> = a.messages(2).await.iter().map(|message| message.retain).collect();
     assert_eq!(flags, [false, true], "§3.3.1-13");
     a.disconnect().await;
@@ -268,10 +268,10 @@ async fn subscribe_options(at: &Target) {
     let expected = [(RETAIN_IF_NEW, 3, 0), (RETAIN_NEVER, 0, 0), (0, 3, 3)];
     for (handling, first, second) in expected {
         let mut a = at.connect(V5, "a").await;
-        retain(at, &mut a, &[]).await;
+        retain(&mut a, &[]).await;
         for count in [first, second] {
-            a.subscribe(&at.topic("+/+"), 2 | handling).await;
-            let received = heard(at, &mut a).await;
+            a.subscribe("+/+", 2 | handling).await;
+            let received = heard(&mut a).await;
             assert_eq!(by_qos(&received), [0, 1, 2][..count], "§3.3.1-9 to -11, retain handling {handling:#x}");
         }
         a.disconnect().await;
@@ -298,12 +298,12 @@ async fn test_subscribe_identifiers() {
 /// A message names the subscriptions it comes for.
 async fn subscribe_identifiers(at: &Target) {
     let (mut a, mut b) = (at.connect(V5, "a").await, at.connect(V5, "b").await);
-    a.subscribe_as(456_789, &at.topic("TopicA"), 2).await;
-    b.subscribe_as(2, &at.topic("TopicA"), 2).await;
-    b.subscribe_as(3, &at.topic("TopicA/#"), 2).await;
-    b.publish(at.message("TopicA", "sub identifier test").qos(1)).await;
+    a.subscribe_as(456_789, "TopicA", 2).await;
+    b.subscribe_as(2, "TopicA", 2).await;
+    b.subscribe_as(3, "TopicA/#", 2).await;
+    b.publish(Publish::new("TopicA", "sub identifier test").qos(1)).await;
     assert_eq!(identifiers(&a.message().await), [456_789], "§3.3.4-3");
-    let received = heard(at, &mut b).await;
+    let received = heard(&mut b).await;
     let mut ids: Vec<_> = received.iter().flat_map(identifiers).collect();
     ids.sort_unstable();
     assert_eq!(ids, [2, 3], "§3.3.4-4, §3.3.4-5");
@@ -330,15 +330,15 @@ async fn test_request_response() {
 async fn request_response(at: &Target) {
     let (mut a, mut b) = (at.connect(V5, "a").await, at.connect(V5, "b").await);
     for client in [&mut a, &mut b] {
-        client.subscribe(&at.topic("TopicA"), 2 | NO_LOCAL).await;
+        client.subscribe("TopicA", 2 | NO_LOCAL).await;
     }
-    let topic = at.topic("TopicA");
-    let request = at.message("TopicA", "request").qos(1).with(ResponseTopic(topic.clone()));
+    let request = Publish::new("TopicA", "request").qos(1).with(ResponseTopic("TopicA".into()));
     a.publish(request.with(CorrelationData(b"334".to_vec()))).await;
     let request = b.message().await;
-    assert_eq!(property!(request.properties, ResponseTopic), Some(topic.clone()), "§3.3.2-15");
+    let response_topic = property!(request.properties, ResponseTopic).expect("§3.3.2-15");
+    assert_eq!(response_topic, "TopicA", "§3.3.2-15");
     assert_eq!(property!(request.properties, CorrelationData), Some(b"334".to_vec()), "§3.3.2-16");
-    let response = Publish { properties: request.properties, ..Publish::new(topic, "response").qos(1) };
+    let response = Publish { properties: request.properties, ..Publish::new(response_topic, "response").qos(1) };
     b.publish(response).await;
     let response = a.message().await;
     assert_eq!(response.text(), "response");
@@ -355,23 +355,23 @@ async fn test_client_topic_alias() {
 /// A client's aliases hold as long as its connection.
 async fn client_topic_alias(at: &Target) {
     let mut a = at.connect(V5, "a").await;
-    a.send_publish(&at.message("TopicA", "topic alias 0").qos(1).id(1).with(TopicAlias(0))).await;
+    a.send_publish(&Publish::new("TopicA", "topic alias 0").qos(1).id(1).with(TopicAlias(0))).await;
     a.ends(at.is_muster(), 0x94, "§3.3.2-8 there is no alias 0").await;
 
     let (mut a, connack) = at.join(at.hello(V5, "a").with(SessionExpiry(99_999))).await;
     let most = property!(connack.properties, TopicAliasMaximum).unwrap_or(0);
     assert!(most > 0, "both servers take aliases");
-    a.subscribe(&at.topic("TopicA"), 2).await;
-    a.publish(at.message("TopicA", "topic alias 1").qos(1).with(TopicAlias(1))).await;
+    a.subscribe("TopicA", 2).await;
+    a.publish(Publish::new("TopicA", "topic alias 1").qos(1).with(TopicAlias(1))).await;
     a.publish(Publish::new("", "topic alias 2").qos(1).with(TopicAlias(1))).await;
     let received = a.messages(2).await;
-    let expected = ["topic alias 1", "topic alias 2"].map(|text| (at.topic("TopicA"), text.to_owned()));
+    let expected = ["topic alias 1", "topic alias 2"].map(|text| ("TopicA".to_owned(), text.to_owned()));
     assert_eq!(received.topics(), expected);
     a.disconnect().await;
 
     let (mut a, connack) = at.join(at.hello(V5, "a").kept()).await;
     assert!(connack.present);
-    a.publish(at.message("TopicA", "topic alias 3").qos(1)).await;
+    a.publish(Publish::new("TopicA", "topic alias 3").qos(1)).await;
     assert_eq!(a.message().await.text(), "topic alias 3", "subscriptions outlive a connection");
     a.send_publish(&Publish::new("", "topic alias 4").qos(1).id(9).with(TopicAlias(1))).await;
     a.ends_with(0x82, "§3.3.2-7 aliases do not").await;
@@ -397,24 +397,24 @@ async fn test_server_topic_alias() {
 /// The server uses an alias from the first message on, where the client allows one.
 async fn server_topic_alias(at: &Target) {
     let (mut a, _) = at.join(at.hello(V5, "a").with(TopicAliasMaximum(1))).await;
-    a.subscribe(&at.topic("TopicA"), 2).await;
+    a.subscribe("TopicA", 2).await;
     for qos in 0..=2 {
-        a.publish(at.message("TopicA", "topic alias 1").qos(qos)).await;
+        a.publish(Publish::new("TopicA", "topic alias 1").qos(qos)).await;
     }
     let received = a.messages(3).await;
-    let topics: Vec<_> = received.iter().map(|message| message.topic.clone()).collect();
-    assert_eq!(topics, [at.topic("TopicA"), String::new(), String::new()]);
+    let topics: Vec<_> = received.iter().map(|message| &*message.topic).collect();
+    assert_eq!(topics, ["TopicA", "", ""]);
     assert!(received.iter().all(|message| property!(message.properties, TopicAlias) == Some(1)), "{received:?}");
     a.disconnect().await;
 
     for hello in [at.hello(V5, "a"), at.hello(V5, "a").with(TopicAliasMaximum(0))] {
         let (mut a, _) = at.join(hello).await;
-        a.subscribe(&at.topic("TopicA"), 2).await;
+        a.subscribe("TopicA", 2).await;
         for qos in 0..=2 {
-            a.publish(at.message("TopicA", "topic alias 1").qos(qos)).await;
+            a.publish(Publish::new("TopicA", "topic alias 1").qos(qos)).await;
             let message = a.message().await;
             assert_eq!(property!(message.properties, TopicAlias), None, "§3.1.2-26");
-            assert_eq!(message.topic, at.topic("TopicA"));
+            assert_eq!(message.topic, "TopicA");
         }
         a.disconnect().await;
     }
@@ -431,15 +431,15 @@ async fn test_maximum_packet_size() {
 async fn maximum_packet_size(at: &Target) {
     let (mut a, connack) = at.join(at.hello(V5, "a")).await;
     assert_eq!(property!(connack.properties, MaximumPacketSize), Some(2000), "§3.2.2.3.6");
-    a.send_publish(&at.message("TopicA", vec![b'.'; 2000])).await;
+    a.send_publish(&Publish::new("TopicA", vec![b'.'; 2000])).await;
     a.ends_with(0x95, "§3.2.2-15 packet too large").await;
 
     let (mut a, _) = at.join(at.hello(V5, "a").with(MaximumPacketSize(64))).await;
-    a.subscribe(&at.topic("TopicA"), 2).await;
-    a.publish(at.message("TopicA", vec![b'.'; 32])).await;
+    a.subscribe("TopicA", 2).await;
+    a.publish(Publish::new("TopicA", vec![b'.'; 32])).await;
     assert_eq!(a.message().await.payload.len(), 32);
-    a.publish(at.message("TopicA", vec![b'.'; 64]).qos(1)).await;
-    a.publish(at.message("TopicA", "after it").qos(1)).await;
+    a.publish(Publish::new("TopicA", vec![b'.'; 64]).qos(1)).await;
+    a.publish(Publish::new("TopicA", "after it").qos(1)).await;
     assert_eq!(a.message().await.text(), "after it", "§3.1.2-24, §3.1.2-25");
     a.disconnect().await;
 }
@@ -464,9 +464,9 @@ async fn test_flow_control1() {
 /// A client has no more unacknowledged messages than its Receive Maximum.
 async fn flow_control1(at: &Target) {
     let (mut a, _) = at.join(at.hello(V5, "a").with(ReceiveMaximum(2))).await;
-    a.subscribe(&at.topic("TopicA"), 2).await;
+    a.subscribe("TopicA", 2).await;
     for count in 1..=3 {
-        a.publish(at.message("TopicA", format!("message {count}")).qos(1)).await;
+        a.publish(Publish::new("TopicA", format!("message {count}")).qos(1)).await;
     }
     let first = a.arrival().await;
     let second = a.arrival().await;
@@ -490,10 +490,10 @@ async fn flow_control2(at: &Target) {
     let (mut a, connack) = at.join(at.hello(V5, "a")).await;
     let most = property!(connack.properties, ReceiveMaximum).unwrap_or(u16::MAX);
     for id in 1..=most {
-        a.send_publish(&at.message("TopicA", format!("message {id}")).qos(2).id(id)).await;
+        a.send_publish(&Publish::new("TopicA", format!("message {id}")).qos(2).id(id)).await;
         assert_eq!(a.ack(PUBREC, id).await.reason & 0x80, 0, "message {id} of {most}");
     }
-    a.send_publish(&at.message("TopicA", "one too many").qos(2).id(most + 1)).await;
+    a.send_publish(&Publish::new("TopicA", "one too many").qos(2).id(most + 1)).await;
     a.ends_with(0x93, "§3.3.4-8 receive maximum exceeded").await;
 }
 
@@ -507,8 +507,8 @@ async fn will_delay(at: &Target) {
     // The seconds until the will comes.
     let waited = async |client: &str, delay: u32, expiry: u32| {
         let mut b = at.connect(V5, &format!("{client}-watcher")).await;
-        b.subscribe(&at.topic(client), 2).await;
-        let mut will = at.will(client, "test_will_delay will message");
+        b.subscribe(client, 2).await;
+        let mut will = Will::new(client, "test_will_delay will message");
         will.properties = vec![WillDelay(delay)];
         let (a, connack) = at.join(at.hello(V5, client).with(SessionExpiry(expiry)).will(will)).await;
         assert!(!connack.present);
@@ -536,14 +536,14 @@ async fn test_shared_subscriptions() {
 /// Of a group one gets the message; beside it, everybody else gets theirs.
 async fn shared_subscriptions(at: &Target) {
     let (mut a, mut b) = (at.connect(V5, "a").await, at.connect(V5, "b").await);
-    let (group, own) = (at.topic("$share/sharename/x"), at.topic("TopicA"));
+    let (group, own) = ("$share/sharename/x", "TopicA");
     for client in [&mut a, &mut b] {
-        let answers = client.subscribe_all(&[(&group, 2), (&own, 2)], &[]).await;
+        let answers = client.subscribe_all(&[(group, 2), (own, 2)], &[]).await;
         assert_eq!(answers.codes, [2, 2]);
     }
-    b.publish(at.message("TopicA", "message")).await;
-    b.publish(at.message("x", "shared").qos(1)).await;
-    let (of_a, of_b) = (heard(at, &mut a).await, heard(at, &mut b).await);
+    b.publish(Publish::new("TopicA", "message")).await;
+    b.publish(Publish::new("x", "shared").qos(1)).await;
+    let (of_a, of_b) = (heard(&mut a).await, heard(&mut b).await);
     let all: Vec<_> = of_a.iter().chain(&of_b).map(Publish::text).collect();
     assert_eq!(all.iter().filter(|text| *text == "message").count(), 2, "{all:?}");
     assert_eq!(all.iter().filter(|text| *text == "shared").count(), 1, "§4.8.2 {all:?}");

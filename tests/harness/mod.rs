@@ -223,6 +223,7 @@ impl Fleet {
     pub(crate) async fn platform_user(&self) -> (String, String) {
         let rules = json!([
             { "effect": "allow", "action": "all", "filter": "#" },
+            { "effect": "allow", "action": "all", "filter": "$TopicA/#" },
             { "effect": "deny", "action": "all", "filter": "test/nosubscribe" },
         ]);
         self.make("/api/v1/roles", json!({ "id": "every-topic", "platform": true, "topic_rules": rules })).await;

@@ -281,6 +281,13 @@ pub(crate) struct Will {
     pub(crate) properties: Vec<Property>,
 }
 
+impl Will {
+    /// QoS 0, not retained.
+    pub(crate) fn new(topic: impl Into<String>, payload: impl Into<Vec<u8>>) -> Self {
+        Self { topic: topic.into(), payload: payload.into(), ..Self::default() }
+    }
+}
+
 /// A CONNECT.
 #[derive(Clone, Debug)]
 pub(crate) struct Connect {

@@ -13,7 +13,7 @@ use crate::harness::raw::Version;
 /// A subscriber at QoS 2 to `t`.
 async fn subscriber(at: &Target, version: Version) -> Client {
     let mut client = at.connect(version, "subscriber").await;
-    assert_eq!(client.subscribe(&at.topic("t"), 2).await, 2);
+    assert_eq!(client.subscribe("t", 2).await, 2);
     client
 }
 
@@ -23,7 +23,7 @@ async fn a_qos_2_message_sent_twice_is_delivered_once() {
         for version in [V311, V5] {
             let mut subscriber = subscriber(at, version).await;
             let mut publisher = at.connect(version, "publisher").await;
-            let message = at.message("t", "once").qos(2).id(5);
+            let message = Publish::new("t", "once").qos(2).id(5);
             publisher.send_publish(&message).await;
             assert!(publisher.ack(PUBREC, 5).await.reason < 0x80);
             // mosquitto 2.0 ends the connection at the second.
@@ -34,10 +34,10 @@ async fn a_qos_2_message_sent_twice_is_delivered_once() {
             }
             assert_eq!(publisher.release(5).await, 0);
             // Released, the id means another message.
-            publisher.send_publish(&at.message("t", "another").qos(2).id(5)).await;
+            publisher.send_publish(&Publish::new("t", "another").qos(2).id(5)).await;
             publisher.ack(PUBREC, 5).await;
             assert_eq!(publisher.release(5).await, 0);
-            assert_eq!(words(&heard(at, &mut subscriber).await), ["once", "another"], "§4.3.3-12 {version:?}");
+            assert_eq!(words(&heard(&mut subscriber).await), ["once", "another"], "§4.3.3-12 {version:?}");
             subscriber.disconnect().await;
         }
     };
@@ -51,7 +51,7 @@ async fn a_qos_2_message_sent_again_after_a_resume_is_delivered_once() {
             let mut subscriber = subscriber(at, version).await;
             let hello = at.hello(version, "publisher").kept();
             let (mut publisher, _) = at.join(hello.clone()).await;
-            let message = at.message("t", "once").qos(2).id(5);
+            let message = Publish::new("t", "once").qos(2).id(5);
             publisher.send_publish(&message).await;
             publisher.ack(PUBREC, 5).await;
             publisher.vanish();
@@ -60,7 +60,7 @@ async fn a_qos_2_message_sent_again_after_a_resume_is_delivered_once() {
             publisher.send_publish(&message.dup()).await;
             assert!(publisher.ack(PUBREC, 5).await.reason < 0x80);
             assert_eq!(publisher.release(5).await, 0, "§4.3.3-11");
-            assert_eq!(words(&heard(at, &mut subscriber).await), ["once"], "§4.3.3-10 {version:?}");
+            assert_eq!(words(&heard(&mut subscriber).await), ["once"], "§4.3.3-10 {version:?}");
             subscriber.disconnect().await;
             publisher.disconnect().await;
         }
@@ -103,15 +103,15 @@ async fn a_pubrec_of_what_was_never_sent_is_answered_0x92() {
 async fn a_message_refused_by_its_receiver_is_over() {
     let scenario = async |at: &Target| {
         let mut client = at.connect(V5, "a").await;
-        client.subscribe(&at.topic("t"), 2).await;
+        client.subscribe("t", 2).await;
         let mut publisher = at.connect(V5, "publisher").await;
         for qos in [1, 2] {
-            publisher.publish(at.message("t", "refused").qos(qos)).await;
+            publisher.publish(Publish::new("t", "refused").qos(qos)).await;
             let message = client.arrival().await;
             let kind = if qos == 1 { PUBACK } else { PUBREC };
             client.send(&Ack::bytes(kind, message.id, 0x83)).await;
         }
-        assert_eq!(heard(at, &mut client).await, [], "§4.3.3-4 neither PUBREL nor PUBLISH again");
+        assert_eq!(heard(&mut client).await, [], "§4.3.3-4 neither PUBREL nor PUBLISH again");
         client.is_quiet("not even a PUBREL").await;
         client.disconnect().await;
     };
@@ -124,10 +124,10 @@ async fn what_was_in_flight_comes_again_in_order_before_what_waited() {
         for version in [V311, V5] {
             let hello = at.hello(version, "subscriber").kept();
             let (mut subscriber, _) = at.join(hello.clone()).await;
-            subscriber.subscribe(&at.topic("t"), 2).await;
+            subscriber.subscribe("t", 2).await;
             let mut publisher = at.connect(version, "publisher").await;
             for (payload, qos) in [("a", 1), ("b", 2), ("c", 1), ("d", 2), ("e", 1)] {
-                publisher.publish(at.message("t", payload).qos(qos)).await;
+                publisher.publish(Publish::new("t", payload).qos(qos)).await;
             }
             let mut flying = Vec::new();
             for _ in 0..5 {
@@ -139,7 +139,7 @@ async fn what_was_in_flight_comes_again_in_order_before_what_waited() {
             subscriber.send_ack(PUBACK, flying[2].id).await;
             subscriber.is_quiet("c needs no answer").await;
             subscriber.vanish();
-            publish_all(at, &mut publisher, "t", 1, &["waited"]).await;
+            publish_all(&mut publisher, "t", 1, &["waited"]).await;
 
             let (mut subscriber, connack) = at.join(hello).await;
             assert!(connack.present);
@@ -160,7 +160,7 @@ async fn what_was_in_flight_comes_again_in_order_before_what_waited() {
             }
             let last = subscriber.message().await;
             assert_eq!((last.text().as_str(), last.dup), ("waited", false));
-            assert_eq!(heard(at, &mut subscriber).await, []);
+            assert_eq!(heard(&mut subscriber).await, []);
             subscriber.disconnect().await;
             publisher.disconnect().await;
         }
@@ -177,7 +177,7 @@ async fn messages_of_a_topic_keep_their_order() {
                 let mut publisher = at.connect(version, "publisher").await;
                 let sent: Vec<_> = (0..50).map(|count| count.to_string()).collect();
                 for payload in &sent {
-                    publisher.publish(at.message("t", payload.as_str()).qos(qos)).await;
+                    publisher.publish(Publish::new("t", payload.as_str()).qos(qos)).await;
                 }
                 assert_eq!(words(&subscriber.messages(50).await), sent, "§4.6-5 QoS {qos}");
                 subscriber.disconnect().await;
@@ -193,9 +193,9 @@ async fn the_lower_of_two_qos_is_delivered() {
         for version in [V311, V5] {
             let mut client = at.connect(version, "a").await;
             for granted in 0..=2 {
-                assert_eq!(client.subscribe(&at.topic("t"), granted).await, granted);
+                assert_eq!(client.subscribe("t", granted).await, granted);
                 for published in 0..=2 {
-                    client.publish(at.message("t", "x").qos(published)).await;
+                    client.publish(Publish::new("t", "x").qos(published)).await;
                     let delivered = client.message().await.qos;
                     assert_eq!(delivered, granted.min(published), "§3.8.4-8 {published} to {granted}");
                 }
@@ -212,14 +212,14 @@ async fn the_lower_of_two_qos_is_delivered() {
 async fn a_qos_2_message_holds_its_place_until_pubcomp() {
     let scenario = async |at: &Target| {
         let (mut client, _) = at.join(at.hello(V5, "subscriber").with(ReceiveMaximum(1))).await;
-        client.subscribe(&at.topic("t"), 2).await;
+        client.subscribe("t", 2).await;
         let mut publisher = at.connect(V5, "publisher").await;
-        publish_all(at, &mut publisher, "t", 2, &["one", "two"]).await;
+        publish_all(&mut publisher, "t", 2, &["one", "two"]).await;
         let one = client.arrival().await;
         client.send_ack(PUBREC, one.id).await;
         client.ack(PUBREL, one.id).await;
         client.is_quiet("§4.9-2 one is not complete").await;
-        publish_all(at, &mut publisher, "t", 0, &["qos 0"]).await;
+        publish_all(&mut publisher, "t", 0, &["qos 0"]).await;
         client.send_ack(PUBCOMP, one.id).await;
         // QoS 0 may go on or wait for the window too.
         let mut rest = words(&client.messages(2).await);
@@ -234,9 +234,9 @@ async fn a_qos_2_message_holds_its_place_until_pubcomp() {
 async fn a_smaller_window_holds_for_what_is_sent_again() {
     let scenario = async |at: &Target| {
         let (mut client, _) = at.join(at.hello(V5, "subscriber").kept().with(ReceiveMaximum(10))).await;
-        client.subscribe(&at.topic("t"), 1).await;
+        client.subscribe("t", 1).await;
         let mut publisher = at.connect(V5, "publisher").await;
-        publish_all(at, &mut publisher, "t", 1, &["1", "2", "3", "4"]).await;
+        publish_all(&mut publisher, "t", 1, &["1", "2", "3", "4"]).await;
         for _ in 0..4 {
             client.arrival().await;
         }
@@ -259,24 +259,24 @@ async fn what_is_too_large_for_a_client_is_left_out_and_the_rest_comes() {
     let scenario = async |at: &Target| {
         let hello = at.hello(V5, "subscriber").kept().with(MaximumPacketSize(100));
         let (mut client, _) = at.join(hello.clone()).await;
-        client.subscribe(&at.topic("t"), 2).await;
+        client.subscribe("t", 2).await;
         let mut publisher = at.connect(V5, "publisher").await;
         let large = "x".repeat(200);
         for qos in 0..=2 {
-            publish_all(at, &mut publisher, "t", qos, &["before", &large, "after"]).await;
-            assert_eq!(words(&heard(at, &mut client).await), ["before", "after"], "§3.1.2-24 QoS {qos}");
+            publish_all(&mut publisher, "t", qos, &["before", &large, "after"]).await;
+            assert_eq!(words(&heard(&mut client).await), ["before", "after"], "§3.1.2-24 QoS {qos}");
         }
         client.disconnect().await;
-        publish_all(at, &mut publisher, "t", 1, &["before", &large, "after"]).await;
+        publish_all(&mut publisher, "t", 1, &["before", &large, "after"]).await;
         let (mut client, _) = at.join(hello.clone()).await;
-        assert_eq!(words(&heard(at, &mut client).await), ["before", "after"], "§3.1.2-25 what waited too");
+        assert_eq!(words(&heard(&mut client).await), ["before", "after"], "§3.1.2-25 what waited too");
         client.disconnect().await;
         // Properties count: a message that fits by its payload only does not fit.
-        let mut heavy = at.message("t", "x").qos(1);
+        let mut heavy = Publish::new("t", "x").qos(1);
         heavy.properties = vec![user("name", &"v".repeat(100))];
         publisher.publish(heavy).await;
         let (mut client, _) = at.join(hello).await;
-        assert_eq!(heard(at, &mut client).await, []);
+        assert_eq!(heard(&mut client).await, []);
         client.disconnect().await;
     };
     conforms(scenario).await;
@@ -288,9 +288,9 @@ async fn what_is_too_large_for_a_client_is_left_out_and_the_rest_comes() {
 async fn a_client_may_give_an_alias_another_topic() {
     let scenario = async |at: &Target| {
         let mut client = at.connect(V5, "a").await;
-        client.subscribe(&at.topic("t/+"), 1).await;
+        client.subscribe("t/+", 1).await;
         let send = async |client: &mut Client, topic: &str, alias: u16| {
-            let mut message = at.message(topic, "").qos(1);
+            let mut message = Publish::new(topic, "").qos(1);
             if topic.is_empty() {
                 message.topic.clear();
             }
@@ -300,7 +300,7 @@ async fn a_client_may_give_an_alias_another_topic() {
         let steps = [("t/1", 1, "t/1"), ("t/2", 2, "t/2"), ("", 1, "t/1"), ("t/3", 1, "t/3"), ("", 1, "t/3")];
         for (topic, alias, expected) in steps.into_iter().chain([("", 2, "t/2")]) {
             let message = send(&mut client, topic, alias).await;
-            assert_eq!(message.topic, at.topic(expected), "§3.3.2-12");
+            assert_eq!(message.topic, expected, "§3.3.2-12");
             assert_eq!(property!(message.properties, TopicAlias), None, "§3.3.2-7 an alias is of one connection");
         }
         client.disconnect().await;
@@ -319,8 +319,8 @@ async fn an_alias_that_cannot_be_ends_the_connection() {
             client.send_publish(&publish.qos(1).id(1)).await;
             client.ends(at.is_muster(), code, rule).await;
         };
-        refused(at.message("t", "").with(TopicAlias(most + 1)), 0x94, "§3.3.2-9 beyond the maximum").await;
-        refused(at.message("t", "").with(TopicAlias(0)), 0x94, "§3.3.2-8 there is no 0").await;
+        refused(Publish::new("t", "").with(TopicAlias(most + 1)), 0x94, "§3.3.2-9 beyond the maximum").await;
+        refused(Publish::new("t", "").with(TopicAlias(0)), 0x94, "§3.3.2-8 there is no 0").await;
         refused(Publish::new("", "").with(TopicAlias(1)), 0x82, "§3.3.2.3.4 an alias without a topic").await;
         refused(Publish::new("", ""), 0x82, "§3.3.2.1 neither topic nor alias").await;
     };
@@ -333,22 +333,22 @@ async fn the_servers_aliases_always_mean_the_right_topic() {
         for most in [1, 2, 100] {
             let hello = at.hello(V5, "subscriber").kept().with(TopicAliasMaximum(most));
             let (mut client, _) = at.join(hello.clone()).await;
-            client.subscribe(&at.topic("t/+"), 1).await;
+            client.subscribe("t/+", 1).await;
             let mut publisher = at.connect(V5, "publisher").await;
             let sent: Vec<_> = [1, 2, 1, 3, 2, 1, 1].iter().map(|number| format!("t/{number}")).collect();
             for topic in &sent {
-                publisher.publish(at.message(topic, topic.as_str()).qos(1)).await;
+                publisher.publish(Publish::new(topic, topic.as_str()).qos(1)).await;
             }
             let mut arrived = Vec::new();
             for _ in &sent {
                 arrived.push(client.arrival().await);
             }
-            assert_eq!(meant(&arrived, most), sent.iter().map(|topic| at.topic(topic)).collect::<Vec<_>>());
+            assert_eq!(meant(&arrived, most), sent);
             client.vanish();
             // Sent again, on a connection that knows none of the aliases.
             let (mut client, _) = at.join(hello).await;
             let again = client.messages(sent.len()).await;
-            assert_eq!(meant(&again, most), sent.iter().map(|topic| at.topic(topic)).collect::<Vec<_>>());
+            assert_eq!(meant(&again, most), sent);
             client.disconnect_with(0, &[crate::harness::packet::Property::SessionExpiry(0)]).await;
         }
     };
@@ -380,12 +380,12 @@ async fn retained_messages_expire_and_tell_what_is_left() {
     let scenario = async |at: &Target| {
         let mut client = at.connect(V5, "a").await;
         for (topic, expiry) in [("t/short", 1), ("t/long", 60)] {
-            let message = at.message(topic, topic).qos(1).retained().with(MessageExpiry(expiry));
+            let message = Publish::new(topic, topic).qos(1).retained().with(MessageExpiry(expiry));
             assert!(client.publish(message).await < 0x80);
         }
         passes(2.5).await;
-        client.subscribe(&at.topic("t/+"), 1).await;
-        let received = heard(at, &mut client).await;
+        client.subscribe("t/+", 1).await;
+        let received = heard(&mut client).await;
         assert_eq!(words(&received), ["t/long"], "§3.3.2-5");
         let left = property!(received[0].properties, MessageExpiry).expect("what is left");
         assert!((1..=58).contains(&left), "§3.3.2-6 {left} s of 60 s left after 2.5 s");
@@ -398,10 +398,10 @@ async fn retained_messages_expire_and_tell_what_is_left() {
 async fn what_waits_for_its_window_can_expire_too() {
     let scenario = async |at: &Target| {
         let (mut client, _) = at.join(at.hello(V5, "subscriber").with(ReceiveMaximum(1))).await;
-        client.subscribe(&at.topic("t"), 1).await;
+        client.subscribe("t", 1).await;
         let mut publisher = at.connect(V5, "publisher").await;
-        for (payload, expiry) in [("in flight", 1), ("expires", 1), ("stays", 60)] {
-            publisher.publish(at.message("t", payload).qos(1).with(MessageExpiry(expiry))).await;
+        for (payload, expiry) in [("in flight", 60), ("expires", 1), ("stays", 60)] {
+            publisher.publish(Publish::new("t", payload).qos(1).with(MessageExpiry(expiry))).await;
         }
         let first = client.arrival().await;
         passes(2.5).await;
@@ -420,27 +420,27 @@ async fn a_message_keeps_what_its_sender_said_about_it() {
     let scenario = async |at: &Target| {
         let mut client = at.connect(V5, "a").await;
         for qos in 0..=2 {
-            client.subscribe(&at.topic("t"), qos).await;
+            client.subscribe("t", qos).await;
             let said = [
                 PayloadFormat(1),
                 ContentType("text/plain".into()),
-                ResponseTopic(at.topic("answers")),
+                ResponseTopic("answers".into()),
                 CorrelationData(vec![0, 255, 128]),
                 user("b", "1"),
                 user("a", "2"),
                 user("b", "1"),
                 user("", ""),
             ];
-            client.publish(Publish { properties: said.to_vec(), ..at.message("t", "text").qos(qos) }).await;
+            client.publish(Publish { properties: said.to_vec(), ..Publish::new("t", "text").qos(qos) }).await;
             let message = client.message().await;
             assert_eq!(property!(message.properties, PayloadFormat), Some(1), "§3.3.2-4");
             assert_eq!(property!(message.properties, ContentType).as_deref(), Some("text/plain"), "§3.3.2-20");
-            assert_eq!(property!(message.properties, ResponseTopic), Some(at.topic("answers")), "§3.3.2-15");
+            assert_eq!(property!(message.properties, ResponseTopic).as_deref(), Some("answers"), "§3.3.2-15");
             assert_eq!(property!(message.properties, CorrelationData), Some(vec![0, 255, 128]), "§3.3.2-16");
             let pairs = [("b", "1"), ("a", "2"), ("b", "1"), ("", "")];
             assert_eq!(users(&message.properties), pairs, "§3.3.2-17, §3.3.2-18");
         }
-        client.publish(at.message("t", "bare")).await;
+        client.publish(Publish::new("t", "bare")).await;
         assert_eq!(client.message().await.properties, [], "nothing is added");
         client.disconnect().await;
     };
@@ -455,8 +455,8 @@ async fn what_a_client_may_not_say_about_a_message_ends_its_connection() {
             client.send_publish(&message.qos(1).id(1)).await;
             client.ends_with(code, rule).await;
         };
-        refused(at.message("t", "").with(SubscriptionId(Varint(1))), 0x82, "§3.3.4-6").await;
-        refused(at.message("t", "").with(ResponseTopic(at.topic("a/+"))), 0x82, "§3.3.2-14").await;
+        refused(Publish::new("t", "").with(SubscriptionId(Varint(1))), 0x82, "§3.3.4-6").await;
+        refused(Publish::new("t", "").with(ResponseTopic("a/+".into())), 0x82, "§3.3.2-14").await;
     };
     muster_conforms("2.0 lets them pass", Settings::default(), scenario).await;
 }
@@ -466,20 +466,20 @@ async fn a_clean_session_meets_nothing_of_the_one_before() {
     let scenario = async |at: &Target| {
         for version in [V311, V5] {
             let (mut client, _) = at.join(at.hello(version, "a").kept()).await;
-            client.subscribe(&at.topic("t"), 2).await;
+            client.subscribe("t", 2).await;
             let mut publisher = at.connect(version, "publisher").await;
-            publish_all(at, &mut publisher, "t", 2, &["in flight"]).await;
+            publish_all(&mut publisher, "t", 2, &["in flight"]).await;
             client.arrival().await;
             client.vanish();
-            publish_all(at, &mut publisher, "t", 1, &["queued"]).await;
+            publish_all(&mut publisher, "t", 1, &["queued"]).await;
             let (mut client, connack) = at.join(at.hello(version, "a")).await;
             assert!(!connack.present, "§3.2.2-2");
-            publish_all(at, &mut publisher, "t", 1, &["to nobody"]).await;
-            assert_eq!(texts(&heard(at, &mut client).await), [], "§3.1.2-4");
+            publish_all(&mut publisher, "t", 1, &["to nobody"]).await;
+            assert_eq!(texts(&heard(&mut client).await), [], "§3.1.2-4");
             client.disconnect().await;
             let (mut client, connack) = at.join(at.hello(version, "a").kept_for(0)).await;
             assert!(!connack.present, "§3.1.2-23, 3.1.1 §3.1.2-6 it left nothing behind");
-            assert_eq!(texts(&heard(at, &mut client).await), []);
+            assert_eq!(texts(&heard(&mut client).await), []);
             client.disconnect().await;
             at.connect(version, "a").await.disconnect().await;
         }

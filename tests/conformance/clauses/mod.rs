@@ -6,7 +6,7 @@ mod delivery;
 mod sessions;
 mod subscriptions;
 
-use super::{Settings, Target, conforms, conforms_with, heard, muster_conforms, passes, texts};
+use super::{Settings, Target, conforms, heard, muster_conforms, passes, texts};
 use crate::harness::client::Client;
 use crate::harness::packet::Publish;
 use crate::harness::raw::Version::{V5, V311};
@@ -23,9 +23,9 @@ fn words(messages: &[Publish]) -> Vec<String> {
 }
 
 /// Publishes messages on one topic; when it returns the server has them all.
-async fn publish_all(at: &Target, client: &mut Client, topic: &str, qos: u8, payloads: &[&str]) {
+async fn publish_all(client: &mut Client, topic: &str, qos: u8, payloads: &[&str]) {
     for payload in payloads {
-        let code = client.publish(at.message(topic, *payload).qos(qos)).await;
+        let code = client.publish(Publish::new(topic, *payload).qos(qos)).await;
         assert!(code < 0x80, "{payload}: {code:#x}");
     }
     if qos == 0 {

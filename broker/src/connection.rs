@@ -48,6 +48,8 @@ use subscribing::Feed;
 const MAX_OUTBOUND_BYTES: usize = 64 * 1024;
 /// How long a client waits for the earlier connection of its session to end.
 const ENTER_WITHIN: Duration = Duration::from_secs(10);
+/// How long a client that was told why it must go may take to hear it.
+const LINGER: Duration = Duration::from_secs(2);
 /// How long a stopping broker lets a connection wait for its acknowledgements.
 const DRAIN_WITHIN: Duration = Duration::from_secs(5);
 /// The timer of a connection that has no deadline.
@@ -465,6 +467,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if let Some((reason, text)) = end.farewell().filter(|_| self.is_greeted) {
             let goodbye = Outgoing::Disconnect { reason, reason_string: Some(&text), user_properties: &[] };
             say_goodbye(&mut self.stream, &self.encoder, goodbye).await;
+            // What the client was sending meanwhile must not cost it the reason.
+            let _ = timeout(LINGER, self.stream.drain()).await;
         }
     }
 

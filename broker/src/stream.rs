@@ -148,6 +148,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
         poll_fn(|cx| Pin::new(&mut self.socket).poll_shutdown(cx)).await
     }
 
+    /// Reads and forgets until the other side closes. A socket that is closed with something unread is reset, and a
+    /// reset takes the last words with it that were on their way.
+    pub(crate) async fn drain(&mut self) {
+        self.inbound = BytesMut::new();
+        while let Ok(Io::Read | Io::Wrote) = self.ready(true).await {
+            self.inbound.clear();
+        }
+    }
+
     /// Gives an empty read buffer back.
     pub(crate) fn release_inbound(&mut self) {
         if self.inbound.is_empty() {

@@ -1,12 +1,27 @@
 //! What the broker counts. Labels are closed sets; a device or topic is never a label.
 
+use std::ops::Deref;
+use std::sync::Arc;
+
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 use crate::wire::Reason;
 
 /// The broker's metrics; cloning shares them.
 #[derive(Clone, Debug)]
-pub struct Metrics {
+pub struct Metrics(Arc<Meters>);
+
+impl Deref for Metrics {
+    type Target = Meters;
+
+    fn deref(&self) -> &Meters {
+        &self.0
+    }
+}
+
+/// The metrics one by one.
+#[derive(Debug)]
+pub struct Meters {
     /// Connections that are open and authenticated.
     pub connections: IntGauge,
     /// Connections whose handshake is under way.
@@ -208,6 +223,12 @@ impl Metrics {
     /// # Errors
     /// When a name is registered already.
     pub fn new(registry: &Registry) -> prometheus::Result<Self> {
+        Meters::new(registry).map(|meters| Self(Arc::new(meters)))
+    }
+}
+
+impl Meters {
+    fn new(registry: &Registry) -> prometheus::Result<Self> {
         let metrics = Self {
             connections: IntGauge::new("muster_mqtt_connections", "Open, authenticated MQTT connections")?,
             handshakes: IntGauge::new("muster_mqtt_handshakes", "Connections whose handshake is under way")?,

@@ -30,7 +30,7 @@ impl Secure {
         Self::start_with(&[]).await
     }
 
-    async fn start_with(settings: &[(&str, &str)]) -> Self {
+    pub(crate) async fn start_with(settings: &[(&str, &str)]) -> Self {
         let (servers, devices) = (Authority::new("servers"), Authority::new("devices"));
         let dir = tempfile::tempdir().expect("a directory");
         servers.server().write(dir.path(), "server");

@@ -2,6 +2,7 @@
 module.exports = {
   flowFile: "flows.json",
   credentialSecret: false,
+  mqttReconnectTime: 1000,
   httpAdminRoot: false,
   httpNodeRoot: false,
   telemetry: { enabled: false, updateNotification: false },

@@ -89,7 +89,16 @@ macro_rules! rights {
     };
 }
 
-rights!(DevicesRead, DevicesWrite, CredentialsManage, TelemetryRead, DeadLettersRead, ConnectionsRead, AccessManage);
+rights!(
+    DevicesRead,
+    DevicesWrite,
+    CredentialsManage,
+    TelemetryRead,
+    DeadLettersRead,
+    ConnectionsRead,
+    ConnectionsManage,
+    AccessManage
+);
 
 /// A caller who holds the permission `R`.
 pub(crate) struct Can<R> {

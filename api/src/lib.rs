@@ -24,7 +24,10 @@ mod time;
 pub use state::{App, Health};
 
 use problem::Problem;
-use routes::{api_keys, auth, credentials, dead_letters, devices, docs, operations, roles, sessions, telemetry, users};
+use routes::{
+    api_keys, auth, connections, credentials, dead_letters, devices, docs, operations, roles, sessions, telemetry,
+    users,
+};
 
 /// Every route of the HTTP door, on one screen.
 fn documented() -> OpenApiRouter<App> {
@@ -40,13 +43,18 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(telemetry::latest))
         .routes(routes!(dead_letters::list))
         .routes(routes!(sessions::list))
-        .routes(routes!(sessions::read))
+        .routes(routes!(sessions::read, sessions::end))
         .routes(routes!(users::create, users::list))
         .routes(routes!(users::read, users::change, users::delete))
         .routes(routes!(roles::create, roles::list))
         .routes(routes!(roles::read, roles::replace, roles::delete))
         .routes(routes!(api_keys::create, api_keys::list))
         .routes(routes!(api_keys::delete))
+        .routes(routes!(connections::list))
+        .routes(routes!(connections::events))
+        .routes(routes!(connections::read))
+        .routes(routes!(connections::disconnect))
+        .routes(routes!(connections::start_trace, connections::read_trace, connections::stop_trace))
         .routes(routes!(docs::openapi))
         .routes(routes!(operations::healthz))
         .routes(routes!(operations::readyz))
@@ -96,6 +104,7 @@ pub fn refusal(status: u16, kind: &'static str, detail: impl Into<String>) -> Re
         (name = "users", description = "People who log in"),
         (name = "roles", description = "What people and programs may do"),
         (name = "api-keys", description = "By which programs prove who they are"),
+        (name = "connections", description = "Who is connected at the moment, and what happened to clients"),
         (name = "operations", description = "For those who run the server"),
     )
 )]

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use fleet_core::id::{ApiKeyId, DeadLetterId, DeviceId, RoleId, SessionId, UserId};
+use fleet_core::id::{ApiKeyId, ConnectionEventId, ConnectionId, DeadLetterId, DeviceId, RoleId, SessionId, UserId};
 use serde::{Serialize, Serializer};
 use utoipa::{IntoParams, ToSchema};
 
@@ -67,6 +67,10 @@ pub(crate) enum Cursor {
     Role(RoleId),
     /// In the list of API keys.
     ApiKey(ApiKeyId),
+    /// In the list of connections.
+    Connection(ConnectionId),
+    /// In the list of connection events.
+    ConnectionEvent(ConnectionEventId),
     /// In the readings of a device.
     Reading { ts_ms: i64, seq: i64 },
 }
@@ -80,6 +84,8 @@ impl Cursor {
             Self::User(id) => format!("u{id}"),
             Self::Role(id) => format!("o{id}"),
             Self::ApiKey(id) => format!("k{id}"),
+            Self::Connection(id) => format!("c{id}"),
+            Self::ConnectionEvent(id) => format!("e{id}"),
             Self::Reading { ts_ms, seq } => format!("r{ts_ms},{seq}"),
         };
         URL_SAFE_NO_PAD.encode(plain)
@@ -95,6 +101,8 @@ impl Cursor {
             "u" => key.parse().ok().map(Self::User),
             "o" => key.parse().ok().map(Self::Role),
             "k" => key.parse().ok().map(Self::ApiKey),
+            "c" => key.parse().ok().map(Self::Connection),
+            "e" => key.parse().ok().map(Self::ConnectionEvent),
             "r" => {
                 let (ts_ms, seq) = key.split_once(',')?;
                 Some(Self::Reading { ts_ms: ts_ms.parse().ok()?, seq: seq.parse().ok()? })
@@ -179,6 +187,8 @@ mod tests {
             let ids = [
                 Cursor::DeadLetter(id.into()),
                 Cursor::Session(id.into()),
+                Cursor::Connection(id.into()),
+                Cursor::ConnectionEvent(id.into()),
                 Cursor::User(id.into()),
                 Cursor::ApiKey(id.into()),
             ];

@@ -13,8 +13,16 @@ use utoipa::ToSchema;
 /// The media type of a problem.
 pub(crate) const MEDIA_TYPE: &str = "application/problem+json";
 /// Types of problems that say a bound was hit.
-pub(crate) const BOUNDS: [&str; 7] =
-    ["body-too-large", "busy", "timeout", "database-away", "too-many-credentials", "too-many-buckets", "too-many"];
+pub(crate) const BOUNDS: [&str; 8] = [
+    "body-too-large",
+    "busy",
+    "timeout",
+    "database-away",
+    "too-many-credentials",
+    "too-many-buckets",
+    "too-many-traces",
+    "too-many",
+];
 /// When to come back after a 429 or 503, in seconds.
 const RETRY_AFTER_S: u32 = 1;
 

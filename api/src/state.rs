@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use fleet_core::clock::Clock;
 use fleet_core::config::{Auth, Http};
+use fleet_core::control::{self, Answers, Request};
 use fleet_core::token::Keys;
 use fleet_core::user::Logins;
 use prometheus::Registry;
@@ -59,6 +60,13 @@ impl App {
         // Both at once: a setting of its own would cost each request another round trip.
         let limit_ms = self.http.request_timeout_ms.min(MAX_STATEMENT_TIMEOUT_MS);
         self.db.begin_with(AssertSqlSafe(format!("begin; set local statement_timeout = {limit_ms}"))).await
+    }
+}
+
+impl App {
+    /// Asks all brokers that are alive.
+    pub(crate) async fn ask_brokers(&self, request: &Request) -> fleet_core::Result<Answers> {
+        control::ask(&self.db, request, Duration::from_millis(self.http.broker_answer_ms)).await
     }
 }
 

@@ -41,6 +41,7 @@ pub struct Http {
     pub listen: SocketAddr,
     pub max_body_bytes: usize,
     pub request_timeout_ms: u64,
+    pub broker_answer_ms: u64,
 }
 
 /// `[mqtt]`
@@ -64,6 +65,8 @@ pub struct Mqtt {
     pub outbox_messages: usize,
     pub outbox_bytes: usize,
     pub max_retained: usize,
+    pub max_traces: usize,
+    pub sys_interval_s: u64,
     pub max_retained_bytes: usize,
     pub topic_alias_maximum: u16,
     pub max_messages_per_s: u64,
@@ -425,6 +428,7 @@ impl Config {
             ),
             (self.mqtt.receive_maximum > 0, "mqtt.receive_maximum: expected 1 to 65535"),
             (self.mqtt.max_keep_alive_s > 0, "mqtt.max_keep_alive_s: expected 1 to 65535"),
+            (self.http.broker_answer_ms > 0, "http.broker_answer_ms: expected at least 1"),
             (self.mqtt.outbox_messages > 0, "mqtt.outbox_messages: expected at least 1"),
             (self.database.max_connections > 0, "database.max_connections: expected at least 1"),
             (self.auth.access_token_s > 0, "auth.access_token_s: expected at least 1"),

@@ -161,6 +161,11 @@ impl TopicRules {
         self.rules.allow_subscribe.covers(filter, &self.names) && !self.rules.deny_subscribe.covers(filter, &self.names)
     }
 
+    /// Whether the principal may receive a message on this topic: one that has waited may have outlived the right to it.
+    pub fn may_receive(&self, name: &str) -> bool {
+        self.rules.allow_subscribe.matches(name, &self.names) && !self.rules.deny_subscribe.matches(name, &self.names)
+    }
+
     /// What stands between a subscription to `filter` (without `$share/{group}/`) and its messages: nothing, unless a
     /// deny rule overlaps with the filter. To be asked once for each subscription.
     pub fn delivery_guard(&self, filter: &str) -> Option<Guard> {

@@ -3,13 +3,15 @@
 use std::str::FromStr;
 
 use axum::extract::State;
+use axum::http::StatusCode;
 use chrono::{DateTime, Utc};
+use fleet_core::control::{Answer, Request};
 use fleet_core::id::{DeviceId, SessionId};
 use fleet_core::session::{self, MAX_PAGE, Overview, Subscription};
 use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
 
-use crate::extract::{Can, ConnectionsRead, FromQuery, Json, Params, Path, Query};
+use crate::extract::{Can, ConnectionsManage, ConnectionsRead, FromQuery, Json, Params, Path, Query};
 use crate::page::{Cursor, Page};
 use crate::problem::{Document, Problem};
 use crate::state::App;
@@ -179,4 +181,34 @@ pub(crate) async fn read(
 ) -> Result<Json<SessionBody>, Problem> {
     let mut db = app.begin().await?;
     Ok(Json(SessionBody::new(session::find(&mut db, caller.tenant, id).await?)))
+}
+
+/// End a session
+///
+/// With its subscriptions and what waits for it. A client that is connected is disconnected; its will, if one waits, is
+/// sent.
+#[utoipa::path(
+    delete, path = "/api/v1/sessions/{id}", tag = "sessions",
+    params(("id" = String, Path, description = "The session's id")),
+    security(("bearer" = ["connections:manage"])),
+    responses(
+        (status = 204, description = "It ends."),
+        (status = 404, description = "There is no such session, or it has ended.", body = Document, content_type = "application/problem+json"),
+        (status = 503, description = "No broker is running, or none answered.", body = Document, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn end(
+    State(app): State<App>,
+    caller: Can<ConnectionsManage>,
+    Path(id): Path<SessionId>,
+) -> Result<StatusCode, Problem> {
+    session::find(&mut *app.begin().await?, caller.tenant, id).await?;
+    let answers = app.ask_brokers(&Request::EndSession { tenant: caller.tenant, id, by: caller.id }).await?;
+    if answers.given.contains(&Answer::Done) {
+        Ok(StatusCode::NO_CONTENT)
+    } else if answers.missing.is_empty() {
+        Err(fleet_core::Error::NoSuchSession(id).into())
+    } else {
+        Err(fleet_core::Error::NoBroker("the broker that has the session did not answer in time").into())
+    }
 }

@@ -97,6 +97,17 @@ impl Api {
         self.ask("GET", path).send().await
     }
 
+    /// Asks until the answer is as it should be in the end.
+    pub(crate) async fn get_until(&self, path: &str, is_right: impl Fn(&Reply) -> bool) -> Reply {
+        for _ in 0..40 {
+            let reply = self.get(path).await;
+            if is_right(&reply) {
+                return reply;
+            }
+        }
+        panic!("{path} is not answered as it should be");
+    }
+
     pub(crate) async fn post(&self, path: &str, body: Value) -> Reply {
         self.ask("POST", path).json(&body).send().await
     }

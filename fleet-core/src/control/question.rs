@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::{CHANNEL, LEASE_S};
-use crate::id::{ConnectionId, DeviceId, TenantKey, UserId};
+use crate::id::{ConnectionId, DeviceId, SessionId, TenantKey, UserId};
 use crate::{Error, Result};
 
 /// Longest question, in bytes of JSON.
@@ -99,8 +99,8 @@ pub enum Request {
     EndSession {
         /// Whose.
         tenant: TenantKey,
-        /// Its name.
-        session: String,
+        /// Which.
+        id: SessionId,
         /// Who wants it.
         by: UserId,
     },

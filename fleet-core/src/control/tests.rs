@@ -9,7 +9,7 @@ use crate::Error;
 use crate::clock::{Clock, from_ms};
 use crate::credential;
 use crate::device::{self, NewDevice, Patch};
-use crate::id::{ConnectionId, DeviceId, TenantKey, UserId};
+use crate::id::{ConnectionId, DeviceId, SessionId, TenantKey, UserId};
 use crate::policy::{Principal, Proof, Role, Who};
 use crate::role::Roles;
 use crate::testing::TestDb;
@@ -291,7 +291,7 @@ fn a_question_is_read_as_it_was_written() {
         Request::TraceStart { tenant, id, session: "main/boiler-1/c".into(), minutes: 5, by },
         Request::TraceStop { tenant, id },
         Request::Trace { tenant, id, after: 9, limit: 10 },
-        Request::EndSession { tenant, session: "main/boiler-1/c".into(), by },
+        Request::EndSession { tenant, id: SessionId::new(), by },
     ] {
         let written = serde_json::to_value(&request).unwrap();
         assert_eq!(serde_json::from_value::<Request>(written).unwrap(), request);

@@ -3,6 +3,7 @@
 mod admission;
 mod architecture;
 mod conformance;
+mod control;
 mod crash;
 mod demo;
 mod foreign_clients;

@@ -10,11 +10,12 @@ use bytes::Bytes;
 use bytestring::ByteString;
 use fleet_core::clock::Clock;
 use fleet_core::config;
+use fleet_core::control::{self, Verdict};
 use fleet_core::credential::{self, Offer};
 use fleet_core::policy::{Guard, Principal, TopicRules, Who};
 use fleet_core::token::{self, Keys};
 use fleet_core::topic::{Channel, DeviceTopic};
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
@@ -143,6 +144,17 @@ impl Access {
     }
 }
 
+impl Access {
+    /// What has become of those who were let in, by their places; only of those whose standing is another one.
+    pub(crate) async fn recheck(
+        &self,
+        db: &mut PgConnection,
+        principals: &[&Principal],
+    ) -> fleet_core::Result<Vec<(usize, Verdict)>> {
+        control::recheck(db, self.keys.roles(), principals, self.clock.now()).await
+    }
+}
+
 /// Who stands behind each of these; `None` when the database cannot say.
 async fn verify_devices(db: PgPool, clock: Clock, tokens: Vec<DeviceToken>) -> Option<Vec<Option<Principal>>> {
     let verified = async {
@@ -204,6 +216,10 @@ impl Rights {
     }
 
     fn decide(&self, topic: &str) -> Result<Route, &'static str> {
+        // Whatever the rules say: what the broker tells of itself comes from nobody else.
+        if topic.split('/').next() == Some("$SYS") {
+            return Err("topics below $SYS are the broker's own");
+        }
         if !self.rules.may_publish(topic) {
             return Err("publishing on this topic is not allowed");
         }
@@ -219,6 +235,11 @@ impl Rights {
     /// What of this filter must not be received although it may be subscribed to.
     pub(crate) fn delivery_guard(&self, filter: &str) -> Option<Guard> {
         self.rules.delivery_guard(filter)
+    }
+
+    /// Whether a message on this topic may be received: it may wait for longer than the right to it.
+    pub(crate) fn may_receive(&self, topic: &str) -> bool {
+        self.rules.may_receive(topic)
     }
 
     /// Whether this filter may be subscribed to.

@@ -2,13 +2,15 @@
 //!
 //! `handshake.rs` has let the client in and `opening.rs` has found its session; it lives in [`Connection::run`] and
 //! ends in [`Connection::finish`], which sends the will where the standard wants it. What the client sends is in
-//! `inbound.rs`, what it is sent in `outbound.rs`, its subscriptions in `subscribing.rs`.
+//! `inbound.rs`, what it is sent in `outbound.rs`, its subscriptions in `subscribing.rs`; what it is told from outside,
+//! and what it tells of itself, in `obeying.rs`.
 //! Holds: PUBACKs and PUBRECs leave in the order of what they answer (MQTT 5 §4.6), so one that waits for a COMMIT holds
 //! the later ones back; while a queue is full, or too much is unacknowledged or unsent, a client is not read; nothing a
 //! client sends reaches another connection's task.
 //! Ignorant of: what a reading means, and how it is stored.
 
 mod inbound;
+mod obeying;
 mod opening;
 mod outbound;
 mod subscribing;
@@ -21,7 +23,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytestring::ByteString;
-use fleet_core::policy::Principal;
 use fleet_core::status::Change;
 use futures::FutureExt;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -35,14 +36,17 @@ use crate::ingest::{Item, What};
 use crate::listener::Arrival;
 use crate::mailbox::{Close, Delivery, Mailbox, Settled};
 use crate::metrics::Limit;
+use crate::presence::{Leave, Presence};
 use crate::session::{Durable, SessionName, SubscriberId};
 use crate::store::Op;
 use crate::stream::{Io, Stream};
+use crate::trace::Trace;
 use crate::will::Will;
 use crate::wire::{self, Ack, Decoder, Encoder, Outgoing, PacketId, Reason, Version, Violation};
 use opening::Opened;
 pub(crate) use opening::end_session;
 use subscribing::Feed;
+pub(crate) use subscribing::restrict;
 
 /// While that many bytes wait for the socket, nothing is added and nothing is read.
 const MAX_OUTBOUND_BYTES: usize = 64 * 1024;
@@ -79,7 +83,7 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(shared: Arc<Shared>
     };
     // Another handshake may begin.
     drop(arrival.handshake.take());
-    let mut connection = Box::new(Connection::new(shared, admitted, opened, mailbox, number));
+    let mut connection = Box::new(Connection::new(shared, admitted, opened, mailbox, &arrival));
     // A panic must not take the will and the session with it.
     let end = AssertUnwindSafe(connection.run()).catch_unwind().await.unwrap_or(End::Panicked);
     tracing::debug!(%peer, transport = transport.as_str(), session = &*connection.name, end = end.label(), "a connection ended");
@@ -107,6 +111,10 @@ enum End {
     Unanswerable,
     /// Asked from outside.
     Close(Close),
+    /// Told to go.
+    Sent(Leave),
+    /// What it came by is worth nothing any more.
+    Expired,
     /// A defect of ours.
     Panicked,
 }
@@ -123,6 +131,8 @@ impl End {
             Self::Denied => "not authorized",
             Self::Unanswerable => Reason::PacketTooLarge.text(),
             Self::Close(close) => close.reason().0.text(),
+            Self::Sent(leave) => leave.reason.text(),
+            Self::Expired => "credential expired",
             Self::Panicked => "internal error",
         }
     }
@@ -137,6 +147,8 @@ impl End {
             Self::Violation(violation) => Some((violation.reason, violation.text.to_string())),
             Self::Unanswerable => known((Reason::PacketTooLarge, "an answer is larger than Maximum Packet Size")),
             Self::Close(close) => known(close.reason()),
+            Self::Sent(leave) => Some((leave.reason, leave.text.to_string())),
+            Self::Expired => known((Reason::NotAuthorized, "the credential has expired: connect with a valid one")),
             Self::Panicked => known((Reason::UnspecifiedError, "internal error")),
         }
     }
@@ -173,10 +185,13 @@ struct Connection<S> {
     stream: Stream<S>,
     decoder: Decoder,
     encoder: Encoder,
-    principal: Principal,
     rights: Rights,
+    /// Whether these are other rights than it began with.
+    is_changed: bool,
     name: SessionName,
     number: u64,
+    presence: Arc<Presence>,
+    trace: Option<Arc<Trace>>,
     mailbox: Arc<Mailbox>,
     will: Option<Box<wire::Will>>,
     /// The session, when it outlives this connection.
@@ -222,6 +237,8 @@ struct Connection<S> {
     blocked_since: Option<Instant>,
     /// Set when the broker stops: by then the connection ends, acknowledged or not.
     drain_until: Option<Instant>,
+    /// What the client came by is worth nothing from then on.
+    valid_until: Option<Instant>,
 }
 
 enum Event {
@@ -233,18 +250,32 @@ enum Event {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Answers the CONNECT and notes that the device is here.
-    fn new(shared: Arc<Shared>, admitted: Admitted<S>, opened: Opened, mailbox: Arc<Mailbox>, number: u64) -> Self {
+    fn new(
+        shared: Arc<Shared>,
+        admitted: Admitted<S>,
+        opened: Opened,
+        mailbox: Arc<Mailbox>,
+        arrival: &Arrival,
+    ) -> Self {
         shared.metrics.connections.inc();
         shared.metrics.connects.with_label_values(&[Reason::Success.text()]).inc();
+        let presence = obeying::enter(&shared, &admitted, &opened, &mailbox, arrival);
+        let trace = shared.traces.of(presence.session());
+        if let Some(trace) = &trace {
+            obeying::trace_beginning(trace, &admitted, arrival);
+        }
         let connect = admitted.connect;
         let mut connection = Self {
             stream: admitted.stream,
             decoder: admitted.decoder,
             encoder: admitted.encoder,
-            principal: admitted.principal,
             rights: admitted.rights,
+            is_changed: false,
             name: admitted.session,
-            number,
+            number: arrival.number,
+            valid_until: obeying::instant(&shared, presence.principal().proof.valid_until),
+            presence,
+            trace,
             mailbox,
             will: connect.will.map(Box::new),
             durable: opened.durable,
@@ -264,13 +295,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             sent_to: 0,
             is_greeted: false,
             is_unanswered: false,
-            keep_alive: admitted.keep_alive.map(|keep_alive| keep_alive.mul_f32(1.5)),
+            keep_alive: admitted.keep_alive_s.map(|seconds| Duration::from_secs(u64::from(seconds)).mul_f32(1.5)),
             last_packet: Instant::now(),
             partial_since: None,
             blocked_since: None,
             drain_until: None,
             shared,
         };
+        connection.tell_subscriptions();
         connection.send(Outgoing::ConnAck(&admitted.answer));
         connection.is_greeted = !connection.is_unanswered;
         connection.see(Change::connected);
@@ -325,6 +357,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Does all that can be done now: answers, deliveries, packets that were read; then writes.
     async fn work(&mut self) -> Result<(), End> {
         self.settle()?;
+        self.obey()?;
         self.read_packets()?;
         self.send_deliveries();
         if self.is_unanswered {
@@ -337,6 +370,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         } else {
             self.blocked_since.get_or_insert_with(Instant::now);
         }
+        self.tell_counts();
         Ok(())
     }
 
@@ -360,7 +394,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let silent = self.keep_alive.filter(|_| self.may_read()).map(|keep_alive| self.last_packet + keep_alive);
         let partial = self.partial_since.filter(|_| self.may_read()).map(|since| since + packet_timeout);
         let blocked = self.blocked_since.map(|since| since + packet_timeout);
-        [silent, partial, blocked, self.drain_until]
+        [silent, partial, blocked, self.drain_until, self.valid_until]
             .into_iter()
             .flatten()
             .min()
@@ -374,6 +408,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
         if self.drain_until.is_some_and(|until| until <= now) {
             return Some(End::Close(Close::ShuttingDown));
+        }
+        if self.valid_until.is_some_and(|until| until <= now) {
+            return Some(End::Expired);
         }
         if self.keep_alive.is_some_and(|keep_alive| self.may_read() && self.last_packet + keep_alive <= now) {
             return Some(End::KeepAlive);
@@ -436,6 +473,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     fn send(&mut self, packet: Outgoing<'_>) {
+        if let Some(trace) = &self.trace {
+            trace.sent(&packet);
+        }
         if self.encoder.encode(packet, &mut self.stream.outbound).is_err() {
             self.shared.metrics.hit(Limit::ClientPacketBytes);
             self.is_unanswered = true;
@@ -447,15 +487,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Says good-bye where there is somebody to hear it, gives everything up, sends the will, lets the next one in.
     async fn finish(&mut self, end: End) {
         let shared = self.shared.clone();
+        shared.presences.leave(self.presence.id);
         shared.metrics.connections.dec();
         shared.metrics.disconnects.with_label_values(&[end.label()]).inc();
         // What a queue had no room for was not acknowledged; still, nothing is dropped while it can be kept.
         if let Some(stalled) = self.stalled.take() {
             stalled.await;
         }
+        if matches!(end, End::Close(Close::QuotaExceeded)) {
+            self.note_overflow();
+        }
         self.note_end(&end).await;
         let will = self.will.take().filter(|_| end.wants_will());
-        let will = will.map(|message| Will { owner: self.principal.clone(), message: *message });
+        let will = will.map(|message| Will { owner: self.presence.principal().as_ref().clone(), message: *message });
         match self.durable.take() {
             Some(session) => self.leave_durable(&session, will).await,
             None => self.leave_clean(will).await,
@@ -464,8 +508,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if let End::Violation(violation) = &end {
             count_violation(&shared, violation);
         }
+        self.trace_end(&end);
         if let Some((reason, text)) = end.farewell().filter(|_| self.is_greeted) {
             let goodbye = Outgoing::Disconnect { reason, reason_string: Some(&text), user_properties: &[] };
+            if let Some(trace) = &self.trace {
+                trace.sent(&goodbye);
+            }
             say_goodbye(&mut self.stream, &self.encoder, goodbye).await;
             // What the client was sending meanwhile must not cost it the reason.
             let _ = timeout(LINGER, self.stream.drain()).await;

@@ -47,8 +47,10 @@ pub(crate) struct Admitted<S> {
     pub(crate) session: SessionName,
     /// What it is answered, once the session is its own.
     pub(crate) answer: ConnAck,
-    /// `None`: it may be silent for ever (3.1.1 only).
-    pub(crate) keep_alive: Option<Duration>,
+    /// In seconds; `None`: it may be silent for ever (3.1.1 only).
+    pub(crate) keep_alive_s: Option<u16>,
+    /// Of rights, before it was authenticated.
+    pub(crate) epoch: i64,
 }
 
 /// Reads the CONNECT and checks it; `None` when the client was turned away.
@@ -59,6 +61,7 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
 ) -> Option<Admitted<S>> {
     let (mut stream, decoder, connect) = read_connect(shared, socket, arrival).await?;
     let encoder = Encoder::for_client(&connect);
+    let epoch = shared.control.epoch();
     let admitted = admit(shared, &connect, arrival).await.and_then(|(principal, rights)| {
         let client_id = client_id(&connect, &principal);
         let session = session_key(&principal, &client_id);
@@ -69,7 +72,6 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
         Ok((principal, rights, client_id, session)) => {
             let keep_alive_s = keep_alive_s(&connect, shared.settings.max_keep_alive_s);
             let answer = welcome(shared, &connect, &principal, &client_id, keep_alive_s);
-            let keep_alive = keep_alive_s.map(|seconds| Duration::from_secs(u64::from(seconds)));
             Some(Admitted {
                 stream,
                 decoder,
@@ -80,7 +82,8 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
                 client_id,
                 session,
                 answer,
-                keep_alive,
+                keep_alive_s,
+                epoch,
             })
         }
         Err(refusal) => {

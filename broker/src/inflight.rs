@@ -70,6 +70,11 @@ impl Inflight {
         }
     }
 
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.sent.len()
+    }
+
     /// Notes a message that was sent.
     pub(crate) fn begin(&mut self, sent: Sent) {
         self.sent.push_back(sent);

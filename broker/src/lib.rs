@@ -12,6 +12,10 @@
 //! | the subscription tree, and retained messages | `router.rs`, `retained.rs` |
 //! | who may connect, and on which topics | `access.rs`, many at once by `batch.rs` |
 //! | queue → writer → database → acknowledgement | `ingest.rs` |
+//! | who is connected, and what they are told from outside | `presence.rs` |
+//! | changed rights, questions of operators | `control.rs` |
+//! | what one client sends and is sent, as text | `trace.rs` |
+//! | `$SYS` | `sys.rs` |
 //! | connection events on their way to the database | `events.rs` |
 //! | the protocol's bytes | [`wire`] |
 //!
@@ -23,6 +27,7 @@ mod access;
 mod admission;
 mod batch;
 mod connection;
+mod control;
 mod events;
 mod flapping;
 mod guessing;
@@ -33,6 +38,7 @@ mod ingest;
 mod listener;
 mod mailbox;
 mod metrics;
+mod presence;
 mod proxy;
 mod queue;
 mod rate;
@@ -44,9 +50,11 @@ mod rows;
 mod session;
 mod store;
 mod stream;
+mod sys;
 #[expect(dead_code, reason = "connections are throttled next")]
 mod throttle;
 mod tls;
+mod trace;
 mod will;
 pub mod wire;
 
@@ -71,15 +79,18 @@ pub use tls::{BadTls, TlsFiles};
 
 use access::Access;
 use admission::Admission;
+use control::{Control, Controlling};
 use events::Events;
 use ingest::Ingest;
 use listener::Entrance;
+use presence::Presences;
 use retained::Retained;
 use router::Router;
 use rows::Now;
 use session::Sessions;
 use store::Store;
 use tls::Tls;
+use trace::Traces;
 
 /// How long a stop waits for clients to be told and for batches to commit.
 const STOP_WITHIN: Duration = Duration::from_secs(8);
@@ -146,6 +157,9 @@ struct Shared {
     ingest: Ingest,
     metrics: Metrics,
     events: Events,
+    presences: Presences,
+    traces: Traces,
+    control: Control,
     clock: Clock,
 }
 
@@ -158,6 +172,9 @@ pub struct Broker {
     accepting: JoinSet<()>,
     keeping_time: JoinHandle<()>,
     _sweeping: AbortOnDropHandle<()>,
+    controlling: Controlling,
+    /// What the broker tells of itself, unless that is off.
+    telling: Option<JoinHandle<()>>,
     writers: ingest::Writers,
     storing: store::Storing,
     events: events::Writing,
@@ -185,6 +202,7 @@ impl Broker {
         let restored = restore::sessions(&mut db, &sessions, &router, now).await?;
         drop(db);
         metrics.sessions.set(i64::try_from(restored.len()).unwrap_or(i64::MAX));
+        let (events, writing) = Events::start(parts.db.clone(), metrics.clone());
         let (store, storing) = store::start(store::Parts {
             settings: parts.sessions.clone(),
             page: store::Page::of(&parts.mqtt),
@@ -194,24 +212,30 @@ impl Broker {
             retained,
             clock: parts.clock.clone(),
             metrics: metrics.clone(),
+            events: events.clone(),
         });
         let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &store, &metrics);
-        let (events, writing) = Events::start(parts.db.clone(), metrics.clone());
         let shared = Arc::new(Shared {
             access: Access::new(parts.db, parts.keys, parts.clock.clone(), &parts.admission, &metrics, tls.clone()),
             admission: Arc::new(Admission::new(&parts.mqtt, &parts.admission, metrics.clone())),
             sessions,
             store,
-            settings: parts.mqtt,
             session_limits: parts.sessions,
-            clock: parts.clock,
             router,
             ingest,
+            traces: Traces::new(parts.mqtt.max_traces, parts.clock.clone(), metrics.clone()),
+            settings: parts.mqtt,
+            clock: parts.clock,
             metrics,
             events,
+            presences: Presences::default(),
+            control: Control::default(),
         });
         restore::go_on(&shared, restored, now).await;
         let keeping_time = tokio::spawn(restore::keep_time(shared.clone()));
+        let controlling = control::start(&shared, &parts.writer_options).await?;
+        let telling = Duration::from_secs(shared.settings.sys_interval_s);
+        let telling = (!telling.is_zero()).then(|| tokio::spawn(sys::publish(shared.clone(), telling)));
         let entrance = Arc::new(Entrance::new(shared.clone()));
         let mut accepting = JoinSet::new();
         accepting.spawn(listener::accept(listener, entrance.clone(), None));
@@ -229,6 +253,8 @@ impl Broker {
             accepting,
             keeping_time,
             _sweeping: sweeping,
+            controlling,
+            telling,
             writers,
             storing,
             events: writing,
@@ -265,14 +291,17 @@ impl Broker {
     pub async fn stop(mut self) {
         self.accepting.abort_all();
         drop(self.entrance);
+        self.controlling.stop().await;
         self.shared.sessions.close_all();
         let ended = tokio::time::timeout(STOP_WITHIN, self.shared.sessions.all_ended()).await;
         if ended.is_err() {
             tracing::warn!("some connections did not end in time");
         }
-        self.keeping_time.abort();
         // What holds the way to the writers and the store must be gone, for them to end.
-        let _ = self.keeping_time.await;
+        for task in self.telling.into_iter().chain([self.keeping_time]) {
+            task.abort();
+            let _ = task.await;
+        }
         drop(self.shared);
         self.writers.stop(STOP_WITHIN).await;
         self.storing.stop(STOP_WITHIN).await;

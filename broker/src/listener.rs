@@ -44,6 +44,16 @@ impl Transport {
     }
 }
 
+impl From<Transport> for fleet_core::control::Transport {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Tcp => Self::Tcp,
+            Transport::Tls => Self::Tls,
+            Transport::WebSocket => Self::WebSocket,
+        }
+    }
+}
+
 /// What is known of a client before its first byte.
 #[derive(Debug)]
 pub(crate) struct Arrival {
@@ -91,9 +101,7 @@ impl Entrance {
 
     /// A place for whoever comes, inside or to be refused; `None` when it is not even told.
     fn meet(&self, peer: SocketAddr, transport: Transport) -> Option<(Place, Arrival)> {
-        // A proxy has yet to say whose connection this is; it does not answer for those who guess behind it.
-        let is_announced = self.shared.settings.proxy_protocol && transport != Transport::WebSocket;
-        let place = self.shared.admission.place((!is_announced).then_some(peer.ip()))?;
+        let place = self.shared.admission.place(peer.ip())?;
         let number = self.arrivals.fetch_add(1, Ordering::Relaxed) + 1;
         let within = match place {
             Place::Inside(..) => Duration::from_millis(self.shared.settings.connect_timeout_ms),

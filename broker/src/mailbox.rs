@@ -212,6 +212,17 @@ impl Mailbox {
         self.wake.notify_one();
     }
 
+    /// Wakes the connection: there is something for it elsewhere.
+    pub(crate) fn nudge(&self) {
+        self.wake.notify_one();
+    }
+
+    /// Messages that wait here, and their bytes.
+    pub(crate) fn waiting(&self) -> (u64, u64) {
+        let inside = self.inside.lock();
+        (inside.deliveries.len() as u64, inside.bytes as u64)
+    }
+
     /// Waits until something was left since the last time.
     pub(crate) async fn left(&self) {
         self.wake.notified().await;

@@ -88,6 +88,16 @@ pub struct Meters {
     pub clamped: IntCounter,
     /// Tenants that have as many shapes as they may.
     pub full_shapes: IntGauge,
+    /// Clients whose packets are written down.
+    pub traces: IntGauge,
+    /// Times all open connections were checked because rights had changed.
+    pub rechecks: IntCounter,
+    /// Times the database could not be asked for changed rights and questions.
+    pub control_failures: IntCounter,
+    /// Bytes received from clients.
+    pub bytes_received: IntCounter,
+    /// Bytes sent to clients.
+    pub bytes_sent: IntCounter,
 }
 
 /// The bounds of the broker, as label values of `muster_mqtt_limit_hits_total`.
@@ -147,12 +157,14 @@ pub(crate) enum Limit {
     IngestQueue,
     /// The client's own Maximum Packet Size: not sent
     ClientPacketBytes,
+    /// `mqtt.max_traces`
+    Traces,
     /// Connection events that found no room on their way to the database: forgotten
     Events,
 }
 
 impl Limit {
-    const ALL: [Self; 28] = [
+    const ALL: [Self; 29] = [
         Self::Connections,
         Self::PacketBytes,
         Self::ReceiveMaximum,
@@ -181,9 +193,10 @@ impl Limit {
         Self::IngestQueue,
         Self::ClientPacketBytes,
         Self::Events,
+        Self::Traces,
     ];
 
-    fn label(self) -> &'static str {
+    pub(crate) fn label(self) -> &'static str {
         match self {
             Self::Connections => "connections",
             Self::PacketBytes => "packet_bytes",
@@ -213,6 +226,7 @@ impl Limit {
             Self::IngestQueue => "ingest_queue",
             Self::ClientPacketBytes => "client_packet_bytes",
             Self::Events => "events",
+            Self::Traces => "traces",
         }
     }
 }
@@ -305,6 +319,17 @@ impl Meters {
                 "muster_ingest_full_shapes",
                 "Tenants with ingest.max_shapes sets of metric names: new sets are stored as JSON",
             )?,
+            traces: IntGauge::new("muster_mqtt_traces", "Traces held, running or still readable")?,
+            rechecks: IntCounter::new(
+                "muster_control_rechecks_total",
+                "Times all open connections were checked because rights had changed",
+            )?,
+            control_failures: IntCounter::new(
+                "muster_control_failures_total",
+                "Times the database could not be asked for changed rights and questions",
+            )?,
+            bytes_received: IntCounter::new("muster_mqtt_bytes_received_total", "Bytes received from clients")?,
+            bytes_sent: IntCounter::new("muster_mqtt_bytes_sent_total", "Bytes sent to clients")?,
         };
         metrics.register(registry)?;
         metrics.show_every_label();
@@ -344,7 +369,12 @@ impl Meters {
         registry.register(Box::new(self.metrics_dropped.clone()))?;
         registry.register(Box::new(self.evicted.clone()))?;
         registry.register(Box::new(self.clamped.clone()))?;
-        registry.register(Box::new(self.full_shapes.clone()))
+        registry.register(Box::new(self.full_shapes.clone()))?;
+        registry.register(Box::new(self.traces.clone()))?;
+        registry.register(Box::new(self.rechecks.clone()))?;
+        registry.register(Box::new(self.control_failures.clone()))?;
+        registry.register(Box::new(self.bytes_received.clone()))?;
+        registry.register(Box::new(self.bytes_sent.clone()))
     }
 
     /// A bound that was never hit shows as 0 rather than not at all.
@@ -361,7 +391,7 @@ impl Meters {
         for outcome in ["taken", "refused"] {
             self.tls_reloads.with_label_values(&[outcome]);
         }
-        for action in ["connect", "publish", "subscribe"] {
+        for action in ["connect", "publish", "subscribe", "receive"] {
             self.denied.with_label_values(&[action]);
         }
         self.connects.with_label_values(&[Reason::Success.text()]);

@@ -50,7 +50,7 @@ pub(crate) async fn sessions(
 }
 
 fn subscribe(session: &Arc<Durable>, stored: &Stored, router: &Router) {
-    let rights = Rights::new(&session.owner);
+    let rights = Rights::new(&session.owner());
     for subscription in &stored.subscriptions {
         let filter = ByteString::from(subscription.filter.as_str());
         let options = rows::options(subscription);
@@ -71,7 +71,7 @@ fn subscribe(session: &Arc<Durable>, stored: &Stored, router: &Router) {
 /// its will.
 pub(crate) async fn go_on(shared: &Shared, restored: Vec<(Arc<Durable>, Stored)>, now: Now) {
     for (session, stored) in restored {
-        let will = stored.will.clone().map(|will| Will::restore(session.owner.clone(), will, now));
+        let will = stored.will.clone().map(|will| Will::restore(session.owner(), will, now));
         if stored.connected {
             let (later, at_once) = match will {
                 Some(will) if !will.delay().is_zero() && stored.expiry_s > 0 => (Some(will), None),

@@ -35,7 +35,27 @@ pub(crate) struct Retained {
 #[derive(Debug, Default)]
 struct Kept {
     messages: BTreeMap<ByteString, (Publish, Instant)>,
+    /// Of clients' messages.
     bytes: usize,
+    /// How many are the broker's own.
+    own: usize,
+}
+
+impl Kept {
+    fn of_clients(&self) -> usize {
+        self.messages.len() - self.own
+    }
+
+    fn put(&mut self, publish: &Publish, accepted: Instant) {
+        if let Some((old, _)) = self.messages.remove(&publish.topic) {
+            self.bytes -= cost(&old);
+        }
+        if !publish.payload.is_empty() {
+            self.bytes += cost(publish);
+            let own = Publish { packet_id: None, dup: false, topic_alias: None, ..publish.detached() };
+            self.messages.insert(own.topic.clone(), (own, accepted));
+        }
+    }
 }
 
 /// Where a walk through the messages of one filter stands.
@@ -65,21 +85,27 @@ impl Retained {
     pub(crate) fn put(&self, publish: &Publish, accepted: Instant) -> Result<(), TooManyRetained> {
         let mut kept = self.kept.write();
         let old = kept.messages.get(&publish.topic).map(|(old, _)| cost(old));
-        if publish.payload.is_empty() {
-            kept.messages.remove(&publish.topic);
-            kept.bytes -= old.unwrap_or_default();
-        } else {
+        if !publish.payload.is_empty() {
             let bytes = kept.bytes - old.unwrap_or_default() + cost(publish);
-            if bytes > self.max_bytes || (old.is_none() && kept.messages.len() >= self.max_messages) {
+            if bytes > self.max_bytes || (old.is_none() && kept.of_clients() >= self.max_messages) {
                 self.metrics.hit(Limit::Retained);
                 return Err(TooManyRetained);
             }
-            kept.bytes = bytes;
-            let own = Publish { packet_id: None, dup: false, topic_alias: None, ..publish.detached() };
-            kept.messages.insert(own.topic.clone(), (own, accepted));
         }
-        self.metrics.retained.set(i64::try_from(kept.messages.len()).unwrap_or(i64::MAX));
+        kept.put(publish, accepted);
+        self.note_number(&kept);
         Ok(())
+    }
+
+    /// Keeps one of the few messages of the broker's own, which take no room from those of clients.
+    pub(crate) fn put_own(&self, publish: &Publish, accepted: Instant) {
+        let mut kept = self.kept.write();
+        let old = kept.messages.insert(publish.topic.clone(), (publish.clone(), accepted));
+        kept.own += usize::from(old.is_none());
+    }
+
+    fn note_number(&self, kept: &Kept) {
+        self.metrics.retained.set(i64::try_from(kept.of_clients()).unwrap_or(i64::MAX));
     }
 
     /// The next messages that match, as they were accepted; `None` when the walk has ended. An empty answer is not
@@ -118,7 +144,7 @@ impl Retained {
             let bytes = kept.messages.remove(topic).map_or(0, |(publish, _)| cost(&publish));
             kept.bytes -= bytes;
         }
-        self.metrics.retained.set(i64::try_from(kept.messages.len()).unwrap_or(i64::MAX));
+        self.note_number(&kept);
         topics
     }
 }
@@ -184,6 +210,19 @@ mod tests {
         assert_eq!(retained.put(&message("c", ""), Instant::now()), Ok(()), "forgetting what is not there");
         assert_eq!(retained.put(&message("c", "x"), Instant::now()), Err(TooManyRetained));
         assert_eq!(metrics.limits.with_label_values(&["retained"]).get(), 2);
+    }
+
+    #[test]
+    fn what_the_broker_tells_of_itself_takes_no_room() {
+        let (retained, metrics) = retained(1, cost(&message("a", "xxxx")));
+        for _ in 0..2 {
+            retained.put_own(&message("$SYS/x", "1"), Instant::now());
+            retained.put_own(&message("$SYS/y", "1"), Instant::now());
+        }
+        retained.put(&message("a", "xxxx"), Instant::now()).unwrap();
+        assert_eq!(retained.put(&message("b", "x"), Instant::now()), Err(TooManyRetained));
+        assert_eq!(metrics.retained.get(), 1);
+        assert_eq!((walk(&retained, "$SYS/#", 10).len(), walk(&retained, "#", 10)), (2, vec!["a".to_owned()]));
     }
 
     #[test]

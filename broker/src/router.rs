@@ -170,6 +170,13 @@ impl Node {
         &mut groups[place].members
     }
 
+    /// The members of a group that ends here, if there is one.
+    fn group(&mut self, below: bool, key: &GroupKey) -> Option<&mut Vec<Subscriber>> {
+        let groups = self.groups.as_deref_mut()?;
+        let groups = if below { &mut groups.below } else { &mut groups.here };
+        groups.iter_mut().find(|group| *group.key == *key).map(|group| &mut group.members)
+    }
+
     fn leave_group(&mut self, below: bool, key: &GroupKey, id: SubscriberId) -> bool {
         let Some(groups) = &mut self.groups else { return false };
         let list = if below { &mut groups.below } else { &mut groups.here };
@@ -297,6 +304,19 @@ impl Router {
             self.metrics.subscriptions.dec();
         }
         removed
+    }
+
+    /// What a subscription must not receive after all has changed.
+    pub(crate) fn set_guard(&self, filter: &str, id: SubscriberId, guard: Option<Guard>) {
+        let set = |members: &mut Vec<Subscriber>| {
+            let found = members.iter_mut().find(|member| member.id == id);
+            found.map(|member| member.guard = guard).is_some()
+        };
+        let mut tree = self.tree.write();
+        match GroupKey::parse(filter) {
+            None => tree.leave(filter, |node, below| set(node.list(below))),
+            Some(key) => tree.leave(&key.filter, |node, below| node.group(below, &key).is_some_and(set)),
+        };
     }
 
     /// Leaves a message with every clean session whose subscription matches, and tells which durable ones are to get

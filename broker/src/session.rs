@@ -46,7 +46,7 @@ pub(crate) struct Durable {
     pub(crate) id: SessionId,
     pub(crate) number: SubscriberId,
     pub(crate) name: SessionName,
-    pub(crate) owner: Principal,
+    owner: Mutex<Principal>,
     pub(crate) client_id: ByteString,
     state: Mutex<State>,
     /// What waits for it; only `store.rs` changes this.
@@ -111,6 +111,25 @@ impl QueueState {
 }
 
 impl Durable {
+    /// Whose it is, and what that one may do.
+    pub(crate) fn owner(&self) -> Principal {
+        self.owner.lock().clone()
+    }
+
+    /// Its owner may do something else from now on; so may a will that waits.
+    pub(crate) fn set_owner(&self, owner: Principal) {
+        if let Some(will) = &mut self.state.lock().will {
+            will.owner = owner.clone();
+        }
+        *self.owner.lock() = owner;
+    }
+
+    /// Messages that wait for it, and their bytes.
+    pub(crate) fn waiting(&self) -> (u64, u64) {
+        let queue = self.queue.lock();
+        (queue.messages.unsigned_abs(), queue.bytes.unsigned_abs())
+    }
+
     /// The mailbox of the client, when it is connected.
     pub(crate) fn mailbox(&self) -> Option<Arc<Mailbox>> {
         self.state.lock().mailbox.clone()
@@ -270,9 +289,32 @@ impl Sessions {
         self.durable.lock().get(name).cloned()
     }
 
+    /// The durable session of that id.
+    pub(crate) fn by_id(&self, id: SessionId) -> Option<Arc<Durable>> {
+        self.durable.lock().values().find(|session| session.id == id).cloned()
+    }
+
     /// How many durable sessions there are.
     pub(crate) fn durable_count(&self) -> usize {
         self.durable.lock().len()
+    }
+
+    /// All durable sessions.
+    pub(crate) fn all_durable(&self) -> Vec<Arc<Durable>> {
+        self.durable.lock().values().cloned().collect()
+    }
+
+    /// Messages that wait for durable sessions, and their bytes.
+    pub(crate) fn waiting(&self) -> (u64, u64) {
+        let waiting = self.durable.lock().values().map(|session| session.waiting()).collect::<Vec<_>>();
+        waiting.into_iter().fold((0, 0), |(messages, bytes), (more, size)| (messages + more, bytes + size))
+    }
+
+    /// How many clients are connected or have a session that waits for them.
+    pub(crate) fn client_count(&self) -> usize {
+        let live = self.live.lock();
+        let durable = self.durable.lock();
+        live.len() + durable.keys().filter(|name| !live.contains_key(*name)).count()
     }
 
     /// Makes a durable session, not yet known to the database.
@@ -281,7 +323,7 @@ impl Sessions {
             id: SessionId::new(),
             number: self.next_number(),
             name: name.clone(),
-            owner,
+            owner: Mutex::new(owner),
             client_id,
             state: Mutex::default(),
             queue: Mutex::new(QueueState::new()),
@@ -305,7 +347,7 @@ impl Sessions {
             id: stored.id,
             number: self.next_number(),
             name: stored.name.as_str().into(),
-            owner: stored.owner.clone(),
+            owner: Mutex::new(stored.owner.clone()),
             client_id: stored.client_id.as_str().into(),
             state: Mutex::new(State { expiry_s: stored.expiry_s, ..State::default() }),
             queue: Mutex::new(queue),

@@ -17,15 +17,18 @@ use std::time::{Duration, Instant};
 use bytestring::ByteString;
 use fleet_core::clock::Clock;
 use fleet_core::config;
+use fleet_core::connection_event::{Event, Kind};
 use fleet_core::error::is_refused;
 use fleet_core::id::SessionId;
 use fleet_core::session::{self, Queued};
+use serde_json::json;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection, PgConnection};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
+use crate::events::Events;
 use crate::mailbox::{Delivery, Receipt};
 use crate::metrics::{Limit, Metrics};
 use crate::queue::{self, Held, Queue};
@@ -89,7 +92,7 @@ pub(crate) enum Op {
         receipt: Receipt,
     },
     /// Subscriptions that are given up.
-    Unsubscribe { session: Arc<Durable>, filters: Vec<ByteString>, receipt: Receipt },
+    Unsubscribe { session: Arc<Durable>, filters: Vec<ByteString>, receipt: Option<Receipt> },
     /// A message for durable sessions, or one to be retained.
     Publish(Box<Kept>),
     /// A message has reached its receiver.
@@ -149,10 +152,10 @@ impl Op {
     fn receipt(&self) -> Option<&Receipt> {
         match self {
             Self::Publish(kept) => kept.receipt.as_ref(),
-            Self::Subscribe { receipt, .. }
-            | Self::Unsubscribe { receipt, .. }
-            | Self::Release { receipt, .. }
-            | Self::Complete { receipt, .. } => Some(receipt),
+            Self::Unsubscribe { receipt, .. } => receipt.as_ref(),
+            Self::Subscribe { receipt, .. } | Self::Release { receipt, .. } | Self::Complete { receipt, .. } => {
+                Some(receipt)
+            }
             _ => None,
         }
     }
@@ -210,6 +213,13 @@ impl Store {
         let publish = publish.detached();
         let kept = Kept { publish, retained, accepted: Instant::now(), targets: routed.targets, receipt, received };
         Taken::Keep(reason, Op::Publish(Box::new(kept)))
+    }
+
+    /// Retains in memory and routes at QoS 0 a message of the broker's own.
+    pub(crate) fn publish_own(&self, publish: &Publish) {
+        self.retained.put_own(publish, Instant::now());
+        // At QoS 0 there is nothing to be kept for anybody.
+        self.router.publish(publish, None);
     }
 
     /// Retains and routes a message that is stored elsewhere already, or has no sender to refuse it to, waiting for
@@ -286,11 +296,12 @@ pub(crate) struct Parts {
     pub(crate) retained: Arc<Retained>,
     pub(crate) clock: Clock,
     pub(crate) metrics: Metrics,
+    pub(crate) events: Events,
 }
 
 /// Starts the store.
 pub(crate) fn start(parts: Parts) -> (Store, Storing) {
-    let Parts { settings, page, options, router, sessions, retained, clock, metrics } = parts;
+    let Parts { settings, page, options, router, sessions, retained, clock, metrics, events } = parts;
     let (queue, ops) = queue::bounded(settings.store_queue_ops, settings.store_queue_bytes);
     let is_away = Arc::new(AtomicBool::new(false));
     let store = Store { queue, router, retained: retained.clone(), metrics: metrics.clone() };
@@ -305,6 +316,7 @@ pub(crate) fn start(parts: Parts) -> (Store, Storing) {
         retained,
         clock,
         metrics,
+        events,
         is_away: is_away.clone(),
     };
     (store, Storing { task: tokio::spawn(worker.run()), is_away })
@@ -337,6 +349,7 @@ struct Worker {
     retained: Arc<Retained>,
     clock: Clock,
     metrics: Metrics,
+    events: Events,
     is_away: Arc<AtomicBool>,
 }
 
@@ -472,6 +485,9 @@ impl Worker {
                 _ => {}
             }
         }
+        for (session, more) in batch.dropped.values() {
+            self.note_overflow(session, *more);
+        }
         for (session, delivery) in batch.placed {
             deliver(&session, delivery);
         }
@@ -484,6 +500,14 @@ impl Worker {
             load(&session, queued.remove(&session.id).unwrap_or_default(), now);
         }
         self.count(&batch.counts);
+    }
+
+    /// Messages did not reach a session, whose queue is full: somebody should see that.
+    fn note_overflow(&self, session: &Durable, more: i64) {
+        let (messages, bytes) = session.waiting();
+        let detail = json!({ "dropped": more, "queued_messages": messages, "queued_bytes": bytes });
+        let (owner, now_ms) = (session.owner(), self.clock.now_ms());
+        self.events.note(Event::new(&owner, &session.client_id, Kind::QueueOverflow, detail, now_ms));
     }
 
     fn count(&self, counts: &batch::Counts) {

@@ -91,11 +91,14 @@ pub(crate) struct Stream<S> {
     pub(crate) outbound: BytesMut,
     /// Something was written and not flushed.
     unflushed: bool,
+    /// Bytes read and written that nobody has asked for yet.
+    counted: (u64, u64),
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
     pub(crate) fn new(socket: S) -> Self {
-        Self { socket, inbound: BytesMut::new(), outbound: BytesMut::new(), unflushed: false }
+        let (inbound, outbound) = (BytesMut::new(), BytesMut::new());
+        Self { socket, inbound, outbound, unflushed: false, counted: (0, 0) }
     }
 
     /// Waits until bytes come in (when `reading`) or waiting ones go out. Dropping the future loses nothing.
@@ -157,6 +160,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
         }
     }
 
+    /// Bytes read and written since it was asked last.
+    pub(crate) fn take_counted(&mut self) -> (u64, u64) {
+        std::mem::take(&mut self.counted)
+    }
+
     /// Gives an empty read buffer back.
     pub(crate) fn release_inbound(&mut self) {
         if self.inbound.is_empty() {
@@ -168,6 +176,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
         let written = std::task::ready!(Pin::new(&mut self.socket).poll_write(cx, &self.outbound))?;
         self.outbound.advance(written);
         self.unflushed = true;
+        self.counted.1 += written as u64;
         if self.outbound.is_empty() {
             self.outbound = BytesMut::new();
         }
@@ -190,6 +199,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
                 return Poll::Ready(Ok(Io::Closed));
             }
             self.inbound.extend_from_slice(read.filled());
+            self.counted.0 += read.filled().len() as u64;
             Poll::Ready(Ok(Io::Read))
         })
     }

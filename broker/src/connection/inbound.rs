@@ -25,6 +25,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 Err(violation) => return Err(End::Violation(violation)),
             };
             self.partial_since = None;
+            if let Some(trace) = &self.trace {
+                trace.received(&packet);
+            }
             self.handle(packet)?;
         }
         if self.stream.inbound.is_empty() {
@@ -67,6 +70,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     fn receive(&mut self, mut publish: Publish) -> Result<(), End> {
         self.shared.metrics.publishes.inc();
+        self.presence.counts.messages_in.add(1);
         self.resolve_alias(&mut publish)?;
         if let Some(packet_id) = publish.packet_id {
             if publish.qos == QoS::ExactlyOnce && self.received.contains(&packet_id) {

@@ -38,7 +38,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let bytes = rows::queue_bytes(&delivery.publish);
         let offset = delivery.offset;
         let sent = |packet_id, awaits| Sent { packet_id, awaits, offset, bytes, shared: None };
-        if !delivery.age() {
+        if !(delivery.age() && self.may_have(&delivery)) {
             self.forget(&sent(PacketId::MIN, Awaits::Ack));
             return None;
         }
@@ -67,6 +67,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         None
     }
 
+    /// Whether the client may receive this now. A clean session whose rights are those it began with was asked when it
+    /// subscribed; others may have lost the right to what has waited for them.
+    fn may_have(&self, delivery: &Delivery) -> bool {
+        let is_judged = self.durable.is_some() || self.is_changed;
+        if !is_judged || delivery.stage == Stage::Released || self.rights.may_receive(&delivery.publish.topic) {
+            return true;
+        }
+        self.shared.metrics.denied.with_label_values(&["receive"]).inc();
+        false
+    }
+
     /// Writes a PUBLISH. One that is too large for the client is not sent, and treated as if it had been (MQTT 5
     /// §3.1.2.11.4).
     fn write(&mut self, publish: &Publish) -> Result<(), TooLarge> {
@@ -89,7 +100,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         // A number makes a packet of a short topic larger.
         let written = written.or_else(|_| self.encoder.encode(Outgoing::Publish(publish), &mut self.stream.outbound));
         match written {
-            Ok(()) => self.shared.metrics.deliveries.inc(),
+            Ok(()) => {
+                self.shared.metrics.deliveries.inc();
+                self.presence.counts.messages_out.add(1);
+                if let Some(trace) = &self.trace {
+                    trace.sent(&Outgoing::Publish(publish));
+                }
+            }
             Err(TooLarge) => self.shared.metrics.hit(Limit::ClientPacketBytes),
         }
         written

@@ -7,11 +7,13 @@ use fleet_core::policy::Guard;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{Connection, Later};
+use crate::Shared;
+use crate::access::Rights;
 use crate::mailbox::{Delivery, Receipt, Settled};
 use crate::metrics::Limit;
 use crate::retained::Walk;
 use crate::router::{GroupKey, Recipient, Subscriber, retained_for};
-use crate::session::Subscription;
+use crate::session::{Durable, SubscriberId, Subscription};
 use crate::store::Op;
 use crate::wire::{Outgoing, QoS, Reason, RetainHandling, Subscribe, SubscriptionFilter, Unsubscribe};
 
@@ -45,6 +47,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             answers.iter().map(|answer| answer.as_ref().map_or_else(|r| *r, Granted::reason)).collect();
         let text = reasons.contains(&Reason::NotAuthorized).then_some("subscribing to this filter is not allowed");
         let granted: Vec<_> = answers.into_iter().flatten().collect();
+        self.tell_subscriptions();
         let Some(session) = self.durable.clone().filter(|_| !granted.is_empty()) else {
             self.send(Outgoing::SubAck { packet_id, reasons: &reasons, reason_string: text });
             self.feeds.extend(granted.into_iter().filter(|granted| granted.is_due).map(|granted| granted.feed(false)));
@@ -102,6 +105,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.shared.router.subscribe(filter, Subscriber { id: self.subscriber_id(), to, options, guard });
     }
 
+    /// What the client may do has changed: subscriptions it may no longer hold end, the others are filtered anew.
+    pub(super) fn apply_rights(&mut self) {
+        let Some(session) = self.durable.clone() else {
+            let filters: Vec<_> = self.filters.iter().cloned().collect();
+            let ended = reguard(&self.shared, self.number, filters, &self.rights);
+            for filter in &ended {
+                self.leave(filter);
+            }
+            self.tell_subscriptions();
+            return;
+        };
+        let filters = restrict(&self.shared, &session, &self.rights);
+        self.tell_subscriptions();
+        session.set_owner(self.presence.principal().as_ref().clone());
+        if !filters.is_empty() {
+            self.keep(Op::Unsubscribe { session, filters, receipt: None });
+        }
+    }
+
     fn is_subscribed(&self, filter: &str) -> bool {
         match &self.durable {
             Some(session) => session.has_subscription(filter),
@@ -109,7 +131,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    fn subscription_count(&self) -> usize {
+    pub(super) fn subscription_count(&self) -> usize {
         match &self.durable {
             Some(session) => session.subscription_count(),
             None => self.filters.len(),
@@ -133,10 +155,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     pub(super) fn unsubscribe(&mut self, unsubscribe: Unsubscribe) {
         let Unsubscribe { packet_id, filters } = unsubscribe;
         let reasons: Vec<_> = filters.iter().map(|filter| self.leave(filter)).collect();
+        self.tell_subscriptions();
         if let Some(session) = self.durable.clone() {
             let receipt = Receipt { mailbox: self.mailbox.clone(), what: Settled::Change };
             self.later.push_back(Later::UnsubAck { packet_id, reasons });
-            self.keep(Op::Unsubscribe { session, filters, receipt });
+            self.keep(Op::Unsubscribe { session, filters, receipt: Some(receipt) });
         } else {
             self.send(Outgoing::UnsubAck { packet_id, reasons: &reasons, reason_string: None });
         }
@@ -197,6 +220,33 @@ impl Feed {
         let due = step.into_iter().filter_map(|delivery| due(delivery, self.options, self.guard.as_ref()));
         self.taken.extend(due.filter(|delivery| !(self.only_qos0 && is_stored(delivery))));
     }
+}
+
+/// Ends the subscriptions that a durable session may no longer hold, all but in the database; which they were.
+pub(crate) fn restrict(shared: &Shared, session: &Durable, rights: &Rights) -> Vec<ByteString> {
+    let filters = session.subscriptions().into_iter().map(|(filter, _)| filter).collect();
+    let ended = reguard(shared, session.number, filters, rights);
+    for filter in &ended {
+        if session.unsubscribe(filter) {
+            shared.router.unsubscribe(filter, session.number);
+        }
+    }
+    ended
+}
+
+/// Sets what each subscription must not receive after all; those that may not be held at all are left, and returned.
+fn reguard(shared: &Shared, id: SubscriberId, filters: Vec<ByteString>, rights: &Rights) -> Vec<ByteString> {
+    let mut ended = Vec::new();
+    for filter in filters {
+        let group = GroupKey::parse(&filter);
+        let topics = group.as_ref().map_or(&*filter, |group| &group.filter);
+        if rights.may_subscribe(topics) {
+            shared.router.set_guard(&filter, id, rights.delivery_guard(topics));
+        } else {
+            ended.push(filter);
+        }
+    }
+    ended
 }
 
 /// A retained message as a new subscription gets it; `None` when it may not have it.

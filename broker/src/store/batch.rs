@@ -34,7 +34,8 @@ pub(super) struct Batch {
     release: Vec<(SessionId, i64)>,
     receive: Vec<(SessionId, u16)>,
     complete: Vec<(SessionId, u16)>,
-    dropped: HashMap<SessionId, i64>,
+    /// Which queues had no room, and for how many.
+    pub(super) dropped: HashMap<SessionId, (Arc<Durable>, i64)>,
     /// `None`: forgotten. The last word counts.
     retained: HashMap<ByteString, Option<Message>>,
     /// Whose received packet ids are read.
@@ -74,7 +75,7 @@ impl Batch {
             Op::Begin { session, will, .. } => self.begin.push(NewSession {
                 id: session.id,
                 name: session.name.to_string(),
-                owner: session.owner.clone(),
+                owner: session.owner(),
                 client_id: session.client_id.to_string(),
                 expiry_s: session.expiry_s(),
                 will: will.as_ref().map(|will| Will::row(will, now)),
@@ -165,7 +166,7 @@ impl Batch {
         let bytes = rows::queue_bytes(&delivery.publish);
         let mut queue = session.queue.lock();
         if !queue.add(bytes, settings) {
-            *self.dropped.entry(session.id).or_default() += 1;
+            self.dropped.entry(session.id).or_insert_with(|| (session.clone(), 0)).1 += 1;
             self.counts.refused += 1;
             return;
         }
@@ -212,7 +213,7 @@ impl Batch {
         session::release(db, &self.release).await?;
         session::receive(db, &self.receive).await?;
         session::complete(db, &self.complete).await?;
-        let dropped: Vec<_> = self.dropped.iter().map(|(id, more)| (*id, *more)).collect();
+        let dropped: Vec<_> = self.dropped.iter().map(|(id, (_, more))| (*id, *more)).collect();
         session::dropped(db, &dropped).await?;
         let mut put = Vec::new();
         let mut forget = Vec::new();

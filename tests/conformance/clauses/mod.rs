@@ -3,7 +3,6 @@
 
 mod connecting;
 mod delivery;
-mod malformed;
 mod sessions;
 mod subscriptions;
 

@@ -89,10 +89,10 @@ impl Admission {
         }
     }
 
-    /// A place for whoever comes from `peer`; `None` when not even a refusal has room.
-    pub(crate) fn place(&self, peer: IpAddr) -> Option<Place> {
+    /// A place for whoever comes from `peer`, if that is known already; `None` when not even a refusal has room.
+    pub(crate) fn place(&self, peer: impl Into<Option<IpAddr>>) -> Option<Place> {
         let now = Instant::now();
-        let why = match self.inside(peer, now) {
+        let why = match self.inside(peer.into(), now) {
             Ok(place) => return Some(place),
             Err(why) => why,
         };
@@ -104,8 +104,10 @@ impl Admission {
     }
 
     /// The budget that fills with time comes last: whoever is refused for another reason takes nothing from it.
-    fn inside(&self, peer: IpAddr, now: Instant) -> Result<Place, NoPlace> {
-        self.guessing(peer, now)?;
+    fn inside(&self, peer: Option<IpAddr>, now: Instant) -> Result<Place, NoPlace> {
+        if let Some(peer) = peer {
+            self.guessing(peer, now)?;
+        }
         let room = self.one_of(&self.room, Limit::Connections)?;
         let handshake = self.one_of(&self.handshakes, Limit::Handshakes)?;
         if self.rate.as_ref().is_some_and(|rate| !rate.lock().take(now)) {
@@ -360,7 +362,7 @@ mod tests {
             assert_eq!(reason, Reason::ConnectionRateExceeded);
             assert!((8000 * MS..=9000 * MS).contains(&wait), "{wait:?}");
         }
-        drop(inside(admission.place([127, 0, 0, 2].into())));
+        drop(inside(admission.place(IpAddr::from([127, 0, 0, 2]))));
     }
 
     #[test]

@@ -101,7 +101,9 @@ impl Entrance {
 
     /// A place for whoever comes, inside or to be refused; `None` when it is not even told.
     fn meet(&self, peer: SocketAddr, transport: Transport) -> Option<(Place, Arrival)> {
-        let place = self.shared.admission.place(peer.ip())?;
+        // A proxy has yet to say whose connection this is; it does not answer for those who guess behind it.
+        let is_announced = self.shared.settings.proxy_protocol && transport != Transport::WebSocket;
+        let place = self.shared.admission.place((!is_announced).then_some(peer.ip()))?;
         let number = self.arrivals.fetch_add(1, Ordering::Relaxed) + 1;
         let within = match place {
             Place::Inside(..) => Duration::from_millis(self.shared.settings.connect_timeout_ms),

@@ -3,10 +3,11 @@
 //! [`v3`] and [`v5`] hold the scenarios of the Eclipse Paho interoperability suite, a test each and by its name;
 //! [`clauses`] what suites leave out. A scenario is a function over a [`Target`]: it is played against mosquitto, which
 //! shows that the scenario is right, and against Muster. Where mosquitto is known to differ the test says how, and does
-//! not ask it.
+//! not ask it. Which test keeps which clause is told by `docs/reference/conformance.md`; [`table`] keeps that true.
 
 mod clauses;
 mod shared;
+mod table;
 mod target;
 mod v3;
 mod v5;

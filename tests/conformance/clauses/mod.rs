@@ -3,6 +3,7 @@
 
 mod connecting;
 mod delivery;
+mod malformed;
 mod sessions;
 mod subscriptions;
 

@@ -21,13 +21,12 @@ async fn breaks(at: &Target, filter: (&str, u8), properties: &[Property], rule: 
 async fn a_new_subscription_replaces_the_one_with_its_filter() {
     let scenario = async |at: &Target| {
         let mut client = at.connect(V5, "a").await;
-        let topic = "t";
         client.publish(Publish::new("t", "retained").qos(1).retained()).await;
         let subscriptions: [(u8, Option<u32>); 4] =
             [(2, Some(1)), (1 | AS_PUBLISHED, Some(2)), (NO_LOCAL, None), (2, None)];
         for (options, identifier) in subscriptions {
             let identifier: Vec<_> = identifier.map(|id| SubscriptionId(Varint(id))).into_iter().collect();
-            client.subscribe_all(&[(topic, options)], &identifier).await;
+            client.subscribe_all(&[("t", options)], &identifier).await;
             let retained = client.message().await;
             assert!(retained.retain, "§3.8.4-4 retained messages come again");
             client.publish(Publish::new("t", "live").qos(2).retained()).await;
@@ -52,18 +51,17 @@ async fn retain_handling_says_when_retained_messages_come() {
             let (mut client, _) = at.join(at.hello(V5, "a").kept()).await;
             publish_all(&mut client, "t", 1, &["not retained"]).await;
             client.publish(Publish::new("t", "retained").qos(1).retained()).await;
-            let topic = "t";
             for count in [first, again, again] {
-                client.subscribe(topic, 1 | handling).await;
+                client.subscribe("t", 1 | handling).await;
                 assert_eq!(heard(&mut client).await.len(), count, "§3.3.1-9 to -11 {handling:#x}");
             }
             // In a resumed session it is not new; after UNSUBSCRIBE it is.
             client.disconnect().await;
             let (mut client, _) = at.join(at.hello(V5, "a").kept()).await;
-            client.subscribe(topic, 1 | handling).await;
+            client.subscribe("t", 1 | handling).await;
             assert_eq!(heard(&mut client).await.len(), again, "{handling:#x} in a resumed session");
-            client.unsubscribe(&[topic]).await;
-            client.subscribe(topic, 1 | handling).await;
+            client.unsubscribe(&["t"]).await;
+            client.subscribe("t", 1 | handling).await;
             assert_eq!(heard(&mut client).await.len(), first, "{handling:#x} after UNSUBSCRIBE");
             client.disconnect_with(0, &[Property::SessionExpiry(0)]).await;
         }

@@ -26,6 +26,7 @@ use bytestring::ByteString;
 use fleet_core::status::Change;
 use futures::FutureExt;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::Shared;
@@ -39,7 +40,7 @@ use crate::metrics::Limit;
 use crate::presence::{Leave, Presence};
 use crate::session::{Durable, SessionName, SubscriberId};
 use crate::store::Op;
-use crate::stream::{Io, Stream};
+use crate::stream::{Io, Socket, Stream};
 use crate::trace::Trace;
 use crate::will::Will;
 use crate::wire::{self, Ack, Decoder, Encoder, Outgoing, PacketId, Reason, Version, Violation};
@@ -59,35 +60,51 @@ const DRAIN_WITHIN: Duration = Duration::from_secs(5);
 /// The timer of a connection that has no deadline.
 const NEVER: Duration = Duration::from_hours(24);
 
-/// Serves a socket from its first byte to its last.
-pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(shared: Arc<Shared>, socket: S, mut arrival: Arrival) {
-    // What a handshake needs is given back when it is over: an idle connection must stay small.
-    let Some(mut admitted) = Box::pin(handshake::greet(&shared, socket, &mut arrival)).await else { return };
-    let Arrival { number, peer, transport, .. } = arrival;
+/// A client that is in.
+pub(crate) struct Client(Box<Connection<Socket>>);
+
+/// From a client's first byte to its session; `None`: it was sent away. The client keeps its place.
+pub(crate) async fn admit(
+    shared: Arc<Shared>,
+    socket: Socket,
+    mut arrival: Arrival,
+    place: OwnedSemaphorePermit,
+) -> Option<Client> {
+    let mut admitted = handshake::greet(&shared, socket, &mut arrival).await?;
+    let Arrival { number, peer, .. } = arrival;
     let mailbox = Mailbox::new(shared.settings.outbox_messages, shared.settings.outbox_bytes, shared.metrics.clone());
     match timeout(ENTER_WITHIN, shared.sessions.enter(&admitted.session, number, peer.ip(), &mailbox)).await {
         Ok(true) => {}
         // The client has come again meanwhile: there is nobody left behind this socket.
-        Ok(false) => return,
+        Ok(false) => return None,
         Err(_) => {
             let busy = (Reason::ServerBusy, "the earlier connection of this client has not ended yet");
-            return Box::pin(handshake::turn_away(&shared, &mut admitted.stream, &admitted.encoder, busy)).await;
+            handshake::turn_away(&shared, &mut admitted.stream, &admitted.encoder, busy).await;
+            return None;
         }
     }
-    let opened = match Box::pin(opening::open(&shared, &mut admitted, &mailbox)).await {
+    let opened = match opening::open(&shared, &mut admitted, &mailbox).await {
         Ok(opened) => opened,
         Err(refusal) => {
             shared.sessions.leave(&admitted.session, number);
-            return Box::pin(handshake::turn_away(&shared, &mut admitted.stream, &admitted.encoder, refusal)).await;
+            handshake::turn_away(&shared, &mut admitted.stream, &admitted.encoder, refusal).await;
+            return None;
         }
     };
     // Another handshake may begin.
     drop(arrival.handshake.take());
-    let mut connection = Box::new(Connection::new(shared, admitted, opened, mailbox, &arrival));
-    // A panic must not take the will and the session with it.
-    let end = AssertUnwindSafe(connection.run()).catch_unwind().await.unwrap_or(End::Panicked);
-    tracing::debug!(%peer, transport = transport.as_str(), session = &*connection.name, end = end.label(), "a connection ended");
-    Box::pin(connection.finish(end)).await;
+    Some(Client(Box::new(Connection::new(shared, admitted, opened, mailbox, &arrival, place))))
+}
+
+impl Client {
+    /// Serves the client to its end.
+    pub(crate) async fn live(self) {
+        let Self(mut connection) = self;
+        // A panic must not take the will and the session with it.
+        let end = AssertUnwindSafe(connection.run()).catch_unwind().await.unwrap_or(End::Panicked);
+        tracing::debug!(connection = %connection.presence.id, session = &*connection.name, end = end.label(), "a connection ended");
+        Box::pin(connection.finish(end)).await;
+    }
 }
 
 /// How a connection ended.
@@ -190,6 +207,8 @@ struct Connection<S> {
     is_changed: bool,
     name: SessionName,
     number: u64,
+    /// Its place among the connections, for others once it is gone.
+    _place: OwnedSemaphorePermit,
     presence: Arc<Presence>,
     trace: Option<Arc<Trace>>,
     mailbox: Arc<Mailbox>,
@@ -256,6 +275,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         opened: Opened,
         mailbox: Arc<Mailbox>,
         arrival: &Arrival,
+        place: OwnedSemaphorePermit,
     ) -> Self {
         shared.metrics.connections.inc();
         shared.metrics.connects.with_label_values(&[Reason::Success.text()]).inc();
@@ -273,6 +293,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             is_changed: false,
             name: admitted.session,
             number: arrival.number,
+            _place: place,
             valid_until: obeying::instant(&shared, presence.principal().proof.valid_until),
             presence,
             trace,

@@ -15,6 +15,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::Instant;
 
 use crate::admission::{Handshake, Place};
+use crate::connection::Client;
 use crate::metrics::Limit;
 use crate::proxy;
 use crate::stream::Socket;
@@ -134,7 +135,7 @@ impl Door {
         let shared = entrance.shared.clone();
         // A stop must not wait for whoever is inside.
         drop(entrance);
-        serve(shared, place, Socket::boxed(socket), arrival).await;
+        live(admit(shared, place, Socket::boxed(socket), arrival)).await;
     }
 }
 
@@ -155,7 +156,17 @@ pub(crate) async fn accept(listener: TcpListener, entrance: Arc<Entrance>, tls: 
             continue;
         }
         if let Some((place, arrival)) = entrance.meet(peer, transport) {
-            tokio::spawn(receive(entrance.shared.clone(), place, socket, arrival, tls.clone()));
+            tokio::spawn(live(receive(entrance.shared.clone(), place, socket, arrival, tls.clone())));
+        }
+    }
+}
+
+/// Lets a client live once it is in. What it needs until then is given back: an idle connection must stay small.
+fn live(coming: impl Future<Output = Option<Client>>) -> impl Future<Output = ()> {
+    let coming = Box::pin(coming);
+    async {
+        if let Some(client) = coming.await {
+            client.live().await;
         }
     }
 }
@@ -167,28 +178,25 @@ async fn receive(
     mut socket: TcpStream,
     mut arrival: Arrival,
     tls: Option<Arc<Tls>>,
-) {
+) -> Option<Client> {
     if shared.settings.proxy_protocol && !is_announced(&shared, &mut socket, &mut arrival).await {
-        return;
+        return None;
     }
     let socket = match tls {
         None => Socket::Tcp(socket),
-        // What a handshake needs is given back when it is over.
-        Some(tls) => match Box::pin(tls.handshake(socket, arrival.due)).await {
-            Some((socket, chain)) => {
-                arrival.certificate = chain;
-                socket
-            }
-            None => return,
-        },
+        Some(tls) => {
+            let (socket, chain) = tls.handshake(socket, arrival.due).await?;
+            arrival.certificate = chain;
+            socket
+        }
     };
-    serve(shared, place, socket, arrival).await;
+    admit(shared, place, socket, arrival).await
 }
 
 /// Lets a proxy say whose connection this is; `false` when it ends here.
 async fn is_announced(shared: &Shared, socket: &mut TcpStream, arrival: &mut Arrival) -> bool {
     let told = if proxy::is_trusted(&shared.settings.proxy_trusted, arrival.peer) {
-        Box::pin(proxy::read(socket, arrival.due)).await
+        proxy::read(socket, arrival.due).await
     } else {
         Err(proxy::Bad::Untrusted)
     };
@@ -204,13 +212,16 @@ async fn is_announced(shared: &Shared, socket: &mut TcpStream, arrival: &mut Arr
     told.is_ok()
 }
 
-async fn serve(shared: Arc<Shared>, place: Place, socket: Socket, mut arrival: Arrival) {
+async fn admit(shared: Arc<Shared>, place: Place, socket: Socket, mut arrival: Arrival) -> Option<Client> {
     match place {
-        Place::Inside(_place, handshake) => {
+        Place::Inside(place, handshake) => {
             arrival.handshake = Some(handshake);
-            connection::serve(shared, socket, arrival).await;
+            connection::admit(shared, socket, arrival, place).await
         }
-        Place::Refusal(_place, refusal) => Box::pin(handshake::refuse(&shared, socket, &arrival, refusal)).await,
+        Place::Refusal(_place, refusal) => {
+            handshake::refuse(&shared, socket, &arrival, refusal).await;
+            None
+        }
     }
 }
 

@@ -126,6 +126,22 @@ async fn a_disabled_device_stays_outside_with_any_certificate() {
 }
 
 #[tokio::test]
+async fn an_open_connection_ends_with_the_certificate_it_came_by() {
+    let secure = Secure::start().await;
+    let device = secure.fleet.enrol("boiler-1").await;
+    let (own, signed) = (Identity::self_signed("x"), secure.devices.client("main/boiler-1"));
+    let registered = register(&secure.fleet, &device, &own).await;
+    let by_own = secure.hello(Some(&own), &Connect::new(V5, "own", None)).await.0;
+    let mut by_signed = secure.hello(Some(&signed), &Connect::new(V5, "signed", None)).await.0;
+    let path = format!("/api/v1/devices/{}/credentials/{}", device.id, registered["id"].as_str().expect("an id"));
+    assert_eq!(secure.fleet.call(Method::DELETE, &path, None).await.0, StatusCode::NO_CONTENT);
+    by_own.ends_with(0x98, "the credential was revoked").await;
+    by_signed.is_quiet("it came by another").await;
+    disable(&secure.fleet, &device).await;
+    by_signed.ends_with(0x98, "the device was disabled").await;
+}
+
+#[tokio::test]
 async fn what_the_authority_took_back_is_refused_and_a_new_list_is_taken_up() {
     let lists = tempfile::tempdir().expect("a directory");
     let file = lists.path().join("crl.pem");

@@ -50,6 +50,18 @@ async fn an_announced_device_is_served_over_tcp_and_tls() {
 }
 
 #[tokio::test]
+async fn the_address_that_is_told_is_the_one_that_is_shown() {
+    let secure = Secure::start_with(&[&TRUSTED[..], &[("MUSTER__HTTP__BROKER_ANSWER_MS", "15000")]].concat()).await;
+    let device = secure.fleet.enrol("boiler-1").await;
+    let socket = announced(secure.fleet.mqtts_addr(), &HEADER).await;
+    let socket = pki::over(socket, &secure.servers.certificate, None, &VERSIONS).await.expect("a handshake");
+    let (_client, answer) = Client::hello(Box::new(socket), &with_password(V5, &device)).await;
+    assert_eq!(answer.code, 0);
+    let shown = secure.fleet.get("/api/v1/connections?transport=tls").await;
+    assert_eq!(shown["items"][0]["address"], "203.0.113.7:4711", "{shown}");
+}
+
+#[tokio::test]
 async fn who_guesses_is_known_by_the_address_that_the_proxy_tells() {
     let fleet = Fleet::start_with(&[&TRUSTED[..], &[("MUSTER__ADMISSION__AUTH_FAILURES", "2")]].concat()).await;
     let device = fleet.enrol("boiler-1").await;

@@ -148,11 +148,14 @@ async fn a_refused_client_is_told_so_and_the_websocket_closed() {
 
 #[tokio::test]
 async fn websockets_count_as_connections() {
-    let fleet = Fleet::start_with(&[("MUSTER__MQTT__MAX_CONNECTIONS", "1")]).await;
+    let settings = [("MUSTER__MQTT__MAX_CONNECTIONS", "1"), ("MUSTER__HTTP__BROKER_ANSWER_MS", "15000")];
+    let fleet = Fleet::start_with(&settings).await;
     let device = fleet.enrol("boiler-1").await;
     let mut held = open(&fleet).await;
     send(&mut held, with_password(V311, &device).bytes()).await;
     bytes(&mut held, 4).await;
+    let shown = fleet.get("/api/v1/connections?transport=websocket").await;
+    assert_eq!(shown["items"][0]["client_id"], "boiler-1", "{shown}");
     let mut refused = open(&fleet).await;
     send(&mut refused, with_password(V311, &device).bytes()).await;
     assert_eq!(bytes(&mut refused, 4).await, [0x20, 2, 0, 3]);

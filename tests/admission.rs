@@ -109,17 +109,6 @@ async fn shows(fleet: &Fleet, gauge: &str, value: f64) {
     fleet.eventually(|| fleet.metric(gauge, ""), |shown| (shown - value).abs() < 0.1).await;
 }
 
-/// How often an event of this kind was recorded, and its newest detail.
-async fn event(fleet: &Fleet, kind: &str) -> (i64, serde_json::Value) {
-    let read = || async {
-        let query = "select count, detail from connection_event where kind = $1 order by at desc limit 1";
-        let row: Option<(i64, serde_json::Value)> =
-            sqlx::query_as(query).bind(kind).fetch_optional(fleet.db()).await.expect("the database answers");
-        row
-    };
-    fleet.eventually(read, Option::is_some).await.expect("there is one")
-}
-
 #[tokio::test]
 async fn connects_beyond_the_rate_are_told_when_to_come_again() {
     let slow = [("MUSTER__ADMISSION__CONNECTS_PER_S", "1"), ("MUSTER__ADMISSION__CONNECTS_BURST", "1")];
@@ -281,7 +270,7 @@ async fn a_flapping_client_is_shown_damped_and_forgiven() {
     assert!((500..=2000).contains(&wait.as_millis()), "{wait:?}");
     assert_eq!(knocker(V311).knock().await.refused().0, 3);
     shows(&fleet, "muster_mqtt_flapping_clients", 1.0).await;
-    let (_, detail) = event(&fleet, "flapping").await;
+    let (_, detail) = fleet.event("flapping").await;
     assert_eq!(detail["address"], "127.0.0.2");
     Knocker::new(&fleet, &calm, HOME, V5).knock().await.welcome();
     knocker(V5).named("restless-2".into()).knock().await.welcome();
@@ -309,7 +298,7 @@ async fn of_two_devices_with_one_identity_the_holder_keeps_it_for_a_while() {
     let reading = Publish::new(device.topic("telemetry"), r#"{"t":1}"#).qos(1);
     assert_eq!(holder.publish(reading.clone()).await, 0, "the holder keeps working");
     shows(&fleet, "muster_mqtt_identity_conflicts", 1.0).await;
-    let (_, detail) = event(&fleet, "identity-conflict").await;
+    let (_, detail) = fleet.event("identity-conflict").await;
     assert_eq!(detail, serde_json::json!({ "holder": "127.0.0.2", "refused": "127.0.0.3" }));
     // Its link breaks, and it comes back before that was noticed.
     let mut holder = knocker(HOME, V5).knock().await.welcome();

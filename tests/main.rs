@@ -12,6 +12,7 @@ mod harness;
 mod hostile;
 mod limits;
 mod node_red;
+mod rates;
 mod readings;
 mod roles;
 mod sessions;

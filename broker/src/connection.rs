@@ -41,6 +41,7 @@ use crate::presence::{Leave, Presence};
 use crate::session::{Durable, SessionName, SubscriberId};
 use crate::store::Op;
 use crate::stream::{Io, Socket, Stream};
+use crate::throttle::Throttle;
 use crate::trace::Trace;
 use crate::will::Will;
 use crate::wire::{self, Ack, Decoder, Encoder, Outgoing, PacketId, Reason, Version, Violation};
@@ -231,6 +232,8 @@ struct Connection<S> {
     later: VecDeque<Later>,
     /// Something for which a queue has no room; nothing is read meanwhile.
     stalled: Option<Waiting>,
+    /// What the client may send, when that is limited; nothing is read while it owes.
+    throttle: Option<Box<Throttle>>,
 
     /// Sent to the client, not yet acknowledged by it.
     inflight: Inflight,
@@ -308,6 +311,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             aliases_in: HashMap::new(),
             later: VecDeque::new(),
             stalled: None,
+            throttle: Throttle::new(&shared.settings, Instant::now()),
             inflight: Inflight::new(connect.receive_maximum.get()),
             aliases_out: HashMap::new(),
             max_aliases_out: connect.topic_alias_maximum.min(shared.settings.topic_alias_maximum),
@@ -357,12 +361,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 () = &mut timer => Event::Timer,
             };
             match event {
-                Event::Io(Ok(Io::Read)) => self.last_packet = Instant::now(),
+                Event::Io(Ok(Io::Read)) => self.have_read(),
                 Event::Io(Ok(Io::Wrote)) => self.blocked_since = None,
                 Event::Io(Ok(Io::Closed) | Err(_)) => return End::SocketClosed,
                 Event::RoomAgain => {
                     self.stalled = None;
-                    self.last_packet = Instant::now();
+                    self.listen_again(Instant::now());
                 }
                 Event::Mail => {}
                 Event::Timer => {
@@ -395,6 +399,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(())
     }
 
+    fn have_read(&mut self) {
+        self.last_packet = Instant::now();
+        if let Some(throttle) = &mut self.throttle {
+            throttle.fill(self.last_packet);
+        }
+    }
+
+    /// The client was not read for a while; what it could not say meanwhile is not its silence.
+    fn listen_again(&mut self, now: Instant) {
+        self.last_packet = now;
+        self.partial_since = None;
+    }
+
+    fn owes_until(&self) -> Option<Instant> {
+        self.throttle.as_ref().and_then(|throttle| throttle.owes_until())
+    }
+
     fn may_read(&self) -> bool {
         self.may_process() && self.drain_until.is_none()
     }
@@ -403,6 +424,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// told a Receive Maximum).
     fn may_process(&self) -> bool {
         self.stalled.is_none()
+            && self.owes_until().is_none()
             && self.stream.outbound.len() < MAX_OUTBOUND_BYTES
             && (self.encoder.version() == Version::V5
                 || self.pending.len() < usize::from(self.shared.settings.receive_maximum))
@@ -415,14 +437,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let silent = self.keep_alive.filter(|_| self.may_read()).map(|keep_alive| self.last_packet + keep_alive);
         let partial = self.partial_since.filter(|_| self.may_read()).map(|since| since + packet_timeout);
         let blocked = self.blocked_since.map(|since| since + packet_timeout);
-        [silent, partial, blocked, self.drain_until, self.valid_until]
+        [silent, partial, blocked, self.drain_until, self.valid_until, self.owes_until()]
             .into_iter()
             .flatten()
             .min()
             .unwrap_or_else(|| Instant::now() + NEVER)
     }
 
-    fn overdue(&self) -> Option<End> {
+    fn overdue(&mut self) -> Option<End> {
         let now = Instant::now();
         if now < self.deadline() {
             return None;
@@ -435,6 +457,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
         if self.keep_alive.is_some_and(|keep_alive| self.may_read() && self.last_packet + keep_alive <= now) {
             return Some(End::KeepAlive);
+        }
+        if let Some(throttle) =
+            self.throttle.as_mut().filter(|throttle| throttle.owes_until().is_some_and(|until| until <= now))
+        {
+            throttle.fill(now);
+            self.listen_again(now);
+            return None;
         }
         self.shared.metrics.hit(Limit::PacketTimeout);
         Some(End::TooSlow)

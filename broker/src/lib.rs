@@ -51,7 +51,6 @@ mod session;
 mod store;
 mod stream;
 mod sys;
-#[expect(dead_code, reason = "connections are throttled next")]
 mod throttle;
 mod tls;
 mod trace;

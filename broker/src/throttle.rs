@@ -1,7 +1,7 @@
 //! What one connection may send: so many messages and so many bytes a second.
 //!
 //! Holds: a client that sends more is not read until it has paid for it, or is disconnected, as `mqtt.rate_excess` says;
-//! nothing it has sent is lost for that. Where nothing is limited it costs one branch.
+//! nothing it has sent is lost for that. Where nothing is limited it costs one branch and one pointer.
 //! Ignorant of: who sends, and what.
 
 use std::time::Duration;
@@ -17,6 +17,8 @@ use crate::rate::Bucket;
 pub(crate) struct Throttle {
     messages: Option<Bucket>,
     bytes: Option<Bucket>,
+    /// By then it has paid for what it sent too much.
+    owes_until: Option<Instant>,
     noted_at: Option<Instant>,
 }
 
@@ -35,29 +37,42 @@ const NOTE_EVERY: Duration = Duration::from_secs(10);
 impl Throttle {
     /// `None` when nothing is limited, so that it costs nothing.
     pub(crate) fn new(settings: &config::Mqtt, now: Instant) -> Option<Box<Self>> {
-        let bucket = |per_s: u64| (per_s > 0).then(|| Bucket::new(per_s, burst(per_s, settings.rate_burst_ms), now));
-        let (messages, bytes) = (bucket(settings.max_messages_per_s), bucket(settings.max_bytes_per_s));
-        (messages.is_some() || bytes.is_some()).then(|| Box::new(Self { messages, bytes, noted_at: None }))
+        let throttle = Self::of(settings.max_messages_per_s, settings.max_bytes_per_s, settings.rate_burst_ms, now);
+        (throttle.messages.is_some() || throttle.bytes.is_some()).then(|| Box::new(throttle))
     }
 
-    /// Adds what the time has brought; to be called when something was read.
+    fn of(messages_per_s: u64, bytes_per_s: u64, burst_ms: u64, now: Instant) -> Self {
+        let bucket = |per_s: u64| (per_s > 0).then(|| Bucket::new(per_s, burst(per_s, burst_ms), now));
+        let (messages, bytes) = (bucket(messages_per_s), bucket(bytes_per_s));
+        Self { messages, bytes, owes_until: None, noted_at: None }
+    }
+
+    /// Adds what the time has brought; to be called when something was read or a debt is paid.
     pub(crate) fn fill(&mut self, now: Instant) {
         for bucket in [&mut self.messages, &mut self.bytes].into_iter().flatten() {
             bucket.fill(now);
         }
+        self.owes_until = self.owes_until.filter(|until| *until > now);
     }
 
     /// Counts a message of so many bytes; `Err` when that was more than there was.
     pub(crate) fn pass(&mut self, bytes: usize) -> Result<(), TooFast> {
         let messages = draw(&mut self.messages, 1, Limit::MessageRate);
         let bytes = draw(&mut self.bytes, bytes, Limit::ByteRate);
-        match (messages, bytes) {
+        let passed = match (messages, bytes) {
             (Err(messages), Err(bytes)) => Err(if messages.until > bytes.until { messages } else { bytes }),
             (messages, bytes) => messages.and(bytes),
-        }
+        };
+        self.owes_until = passed.err().map(|excess| excess.until);
+        passed
     }
 
-    /// Whether this overdraft should be noted: not each of a client that always sends too much.
+    /// By when it has paid, while it owes.
+    pub(crate) fn owes_until(&self) -> Option<Instant> {
+        self.owes_until
+    }
+
+    /// Whether an overdraft now should be noted: not each of a client that always sends too much.
     pub(crate) fn is_worth_noting(&mut self, now: Instant) -> bool {
         let is_due = self.noted_at.is_none_or(|noted| now.saturating_duration_since(noted) >= NOTE_EVERY);
         if is_due {
@@ -87,8 +102,7 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     fn throttle(messages: u64, bytes: u64, burst_ms: u64, now: Instant) -> Throttle {
-        let bucket = |per_s: u64| (per_s > 0).then(|| Bucket::new(per_s, burst(per_s, burst_ms), now));
-        Throttle { messages: bucket(messages), bytes: bucket(bytes), noted_at: None }
+        Throttle::of(messages, bytes, burst_ms, now)
     }
 
     #[test]
@@ -97,8 +111,11 @@ mod tests {
         let mut client = throttle(10, 0, 500, start);
         assert_eq!([(); 5].map(|()| client.pass(9999)), [Ok(()); 5], "the burst");
         let owed = |ms: u32| Err(TooFast { limit: Limit::MessageRate, until: start + ms * MS });
-        assert_eq!(client.pass(1), owed(100));
+        assert_eq!((client.owes_until(), client.pass(1)), (None, owed(100)));
+        client.fill(start + 99 * MS);
+        assert_eq!(client.owes_until(), Some(start + 100 * MS));
         client.fill(start + 100 * MS);
+        assert_eq!(client.owes_until(), None);
         assert_eq!(client.pass(1), owed(200));
         client.fill(start + 10_000 * MS);
         assert_eq!(client.pass(1), Ok(()));

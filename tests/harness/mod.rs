@@ -249,6 +249,15 @@ impl Fleet {
         text.lines().filter(of_name).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 
+    /// How often a connection event of this kind was recorded, and its newest detail.
+    pub(crate) async fn event(&self, kind: &str) -> (i64, Value) {
+        let read = || async {
+            let query = "select count, detail from connection_event where kind = $1 order by at desc limit 1";
+            sqlx::query_as(query).bind(kind).fetch_optional(self.db()).await.expect("the database answers")
+        };
+        self.eventually(read, Option::is_some).await.expect("there is one")
+    }
+
     /// Waits until `read` gives what is expected.
     pub(crate) async fn eventually<T, F>(&self, mut read: impl FnMut() -> F, expected: impl Fn(&T) -> bool) -> T
     where

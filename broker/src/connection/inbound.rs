@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use bytestring::ByteString;
+use fleet_core::config::RateExcess;
+use fleet_core::connection_event::Kind;
 use fleet_core::status::Change;
+use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 
@@ -72,6 +75,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.shared.metrics.publishes.inc();
         self.presence.counts.messages_in.add(1);
         self.resolve_alias(&mut publish)?;
+        self.charge(&publish)?;
         if let Some(packet_id) = publish.packet_id {
             if publish.qos == QoS::ExactlyOnce && self.received.contains(&packet_id) {
                 self.received_again(packet_id);
@@ -86,6 +90,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Err(text) => return self.deny(&publish, text),
         }
         Ok(())
+    }
+
+    /// Counts a message against what the client may send. One that sends more is not read for a while, or has to go.
+    fn charge(&mut self, publish: &Publish) -> Result<(), End> {
+        let Some(throttle) = &mut self.throttle else { return Ok(()) };
+        let Err(excess) = throttle.pass(publish.topic.len() + publish.payload.len()) else { return Ok(()) };
+        let shared = &self.shared;
+        shared.metrics.hit(excess.limit);
+        if throttle.is_worth_noting(Instant::now()) {
+            let detail = json!({ "limit": excess.limit.label() });
+            shared.events.note(self.presence.event(Kind::RateLimited, detail, shared.clock.now_ms()));
+        }
+        match shared.settings.rate_excess {
+            RateExcess::Wait => Ok(()),
+            RateExcess::Disconnect => Err(violation(Reason::MessageRateTooHigh, "more than this connection may send")),
+        }
     }
 
     /// A number may stand for the topic (MQTT 5 §3.3.2.3.4).

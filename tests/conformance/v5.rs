@@ -521,8 +521,10 @@ async fn will_delay(at: &Target) {
         gone.elapsed().as_secs_f64()
     };
     let (by_delay, by_expiry) = tokio::join!(waited("a", 2, 60), waited("b", 60, 1));
-    assert!((2.0..15.0).contains(&by_delay), "§3.1.3-9 {by_delay} s");
-    assert!((1.0..15.0).contains(&by_expiry), "§3.1.3.2.2 {by_expiry} s");
+    // mosquitto counts in whole seconds of its clock.
+    let early = if at.is_muster() { 0.0 } else { 1.0 };
+    assert!((2.0 - early..15.0).contains(&by_delay), "§3.1.3-9 {by_delay} s");
+    assert!((1.0 - early..15.0).contains(&by_expiry), "§3.1.3.2.2 {by_expiry} s");
     // mosquitto 2.0 holds a will back although its session, of expiry 0, has ended.
     if at.is_muster() {
         let at_once = waited("c", 60, 0).await;

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use crate::harness::client::Client;
 use crate::harness::packet::kind::PUBACK;
-use crate::harness::packet::{Connect, Property, Publish, property};
+use crate::harness::packet::{Connect, Property, Publish, Will, property};
 use crate::harness::raw::Version::{self, V5, V311};
 use crate::harness::{ADMIN, Device, Fleet, PATIENCE};
 
@@ -550,4 +550,197 @@ async fn a_device_that_comes_in_while_it_is_disabled_does_not_stay() {
         change(&fleet, Method::PATCH, path, json!({ "disabled": false })).await;
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
+}
+
+#[tokio::test]
+async fn a_session_is_ended_whether_its_client_is_there_or_away() {
+    let fleet = start().await;
+    let boiler = fleet.enrol("boiler-1").await;
+    let kept = device(&boiler, V5).kept();
+    let viewer = App::new(&fleet, "viewer-of-mine", &["connections:read"], json!([])).await.secret;
+    let other = neighbour(&fleet).await;
+    for away in [true, false] {
+        let mut client = connect(&fleet, kept.clone()).await;
+        client.subscribe(&boiler.topic("#"), 1).await;
+        let path = format!("/api/v1/sessions/{}", session(&fleet, "boiler-1").await["id"].as_str().expect("an id"));
+        let client = if away {
+            client.disconnect().await;
+            None
+        } else {
+            Some(client)
+        };
+        refused(&fleet, &viewer, Method::DELETE, &path, (403, "forbidden")).await;
+        refused(&fleet, &other, Method::DELETE, &path, (404, "no-such-session")).await;
+        delete(&fleet, &path).await;
+        if let Some(client) = client {
+            is_sent_away(client, SENT_AWAY, "the session was ended by an operator").await;
+        }
+        fleet.eventually(|| fleet.get("/api/v1/sessions"), |sessions| sessions["items"] == json!([])).await;
+        refused(&fleet, fleet.token(), Method::DELETE, &path, (404, "no-such-session")).await;
+        let socket = TcpStream::connect(fleet.mqtt_addr()).await.expect("the server listens");
+        let (client, connack) = Client::hello(Box::new(socket), &kept).await;
+        assert!(!connack.present, "nothing of it is left");
+        client.disconnect_with(0, &[Property::SessionExpiry(0)]).await;
+        fleet.eventually(|| fleet.get("/api/v1/sessions"), |sessions| sessions["items"] == json!([])).await;
+    }
+}
+
+#[tokio::test]
+async fn messages_that_find_a_queue_full_are_told() {
+    let settings = [("MUSTER__SESSIONS__QUEUE_MESSAGES", "2"), ("MUSTER__MQTT__OUTBOX_MESSAGES", "2")];
+    let fleet = start_with(&settings).await;
+    let mut away = connect(&fleet, admin(&fleet, "away").kept()).await;
+    away.subscribe("app/main/#", 1).await;
+    away.disconnect().await;
+    let mut writer = connect(&fleet, admin(&fleet, "writer")).await;
+    for text in ["1", "2", "3", "4"] {
+        writer.publish(Publish::new("app/main/x", text).qos(1)).await;
+    }
+    let of =
+        |client_id: &'static str| move |events: &Vec<Value>| events.iter().any(|event| event["client_id"] == client_id);
+    let told = fleet.eventually(|| events(&fleet, "queue-overflow"), of("away")).await;
+    let detail = &told[0]["detail"];
+    assert_eq!((&detail["queued_messages"], &told[0]["device"]), (&json!(2), &Value::Null), "{told:?}");
+    assert!(detail["dropped"].as_i64() > Some(0), "{detail}");
+
+    // A session that ends with its connection cannot wait: the client that does not keep up is sent away.
+    let hello = admin(&fleet, "slow").with(Property::ReceiveMaximum(1));
+    let mut slow = connect(&fleet, hello).await;
+    slow.subscribe("app/main/#", 1).await;
+    for n in 0..10 {
+        writer.publish(Publish::new("app/main/x", n.to_string()).qos(1)).await;
+    }
+    slow.ends_with(0x97, "too many messages wait").await;
+    let told = fleet.eventually(|| events(&fleet, "queue-overflow"), of("slow")).await;
+    let slow = told.iter().find(|event| event["client_id"] == "slow").expect("it was waited for");
+    assert_eq!(slow["detail"]["disconnected"], true, "{slow}");
+
+    let other = neighbour(&fleet).await;
+    let (_, foreign) = fleet.call_as(&other, Method::GET, &format!("{CONNECTIONS}/events"), None).await;
+    assert_eq!(foreign["items"], json!([]), "another tenant's events are not there");
+}
+
+/// The lines of a trace, as text.
+fn lines(trace: &Value) -> Vec<String> {
+    let items = trace["items"].as_array().expect("items");
+    let text = |item: &Value, field: &str| item[field].as_str().expect("a text").to_owned();
+    let line = |item: &Value| format!("{} {}", text(item, "direction"), text(item, "text"));
+    items.iter().map(line).collect()
+}
+
+#[tokio::test]
+async fn a_trace_shows_packets_across_connections_and_no_secret() {
+    let fleet = start_with(&[("MUSTER__MQTT__MAX_TRACES", "1")]).await;
+    let boiler = fleet.enrol("boiler-1").await;
+    let mut client = connect(&fleet, device(&boiler, V5)).await;
+    let other = connect(&fleet, admin(&fleet, "grafana")).await;
+    let trace = format!("{}/trace", path_of(&fleet, "boiler-1").await);
+    let (status, _) = fleet.call(Method::POST, &trace, Some(json!({ "minutes": 61 }))).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    refused(&fleet, fleet.token(), Method::GET, &trace, (404, "no-such-trace")).await;
+    change(&fleet, Method::POST, &trace, json!({ "minutes": 5 })).await;
+    assert_eq!(found(&fleet, "boiler-1").await["traced"], true);
+    let foreign = format!("{}/trace", path_of(&fleet, "grafana").await);
+    refused(&fleet, fleet.token(), Method::POST, &foreign, (409, "too-many-traces")).await;
+
+    let payload = json!({ "temp": 21.5, "password": "hunter2" }).to_string();
+    client.publish(Publish::new(boiler.topic("note"), payload).qos(1)).await;
+    client.disconnect().await;
+    let mut client = connect(&fleet, device(&boiler, V5)).await;
+    client.is_quiet("it is traced, and does not feel it").await;
+    // Under the connection that it was asked for, though that has ended.
+    let seen = fleet.eventually(|| fleet.get(&trace), |trace| lines(trace).iter().any(|line| line == "out PINGRESP"));
+    let seen = seen.await;
+    let all = lines(&seen);
+    for beginning in [
+        "in PUBLISH",
+        "out PUBACK",
+        "in DISCONNECT",
+        "note connection ended",
+        "note connection from 127.0.0.1",
+        "in CONNECT",
+        "out CONNACK",
+        "in PINGREQ",
+    ] {
+        assert!(all.iter().any(|line| line.starts_with(beginning)), "{beginning}: {all:#?}");
+    }
+    let text = all.join("\n");
+    assert!(text.contains("note\"") && text.contains("temp") && text.contains("password=***"), "{text}");
+    assert!(!text.contains("hunter2") && !text.contains(&boiler.password), "{text}");
+    let from = seen["items"][2]["seq"].as_i64().expect("a number");
+    let page = fleet.get(&format!("{trace}?after={from}&limit=2")).await;
+    assert_eq!(lines(&page), all[3..5]);
+
+    let now = format!("{}/trace", path_of(&fleet, "boiler-1").await);
+    assert_ne!(now, trace, "the client has come again");
+    delete(&fleet, &now).await;
+    refused(&fleet, fleet.token(), Method::GET, &trace, (404, "no-such-trace")).await;
+    assert_eq!(found(&fleet, "boiler-1").await["traced"], false);
+    change(&fleet, Method::POST, &foreign, json!({})).await;
+    let started = |events: &Vec<Value>| events.len() == 2;
+    let started = fleet.eventually(|| events(&fleet, "trace-started"), started).await;
+    assert_eq!((&started[1]["device"], &started[1]["detail"]["minutes"]), (&json!("boiler-1"), &json!(5)));
+    assert!(fleet.metric("muster_mqtt_limit_hits_total", "limit=\"traces\"").await >= 1.0);
+    client.disconnect().await;
+    other.disconnect().await;
+}
+
+#[tokio::test]
+async fn the_broker_tells_of_itself_to_who_may_read_it() {
+    let fleet = start_with(&[("MUSTER__MQTT__SYS_INTERVAL_S", "1")]).await;
+    let boiler = fleet.enrol("boiler-1").await;
+    let mut client = connect(&fleet, device(&boiler, V5)).await;
+    assert_eq!(client.subscribe("$SYS/#", 0).await, NOT_AUTHORIZED);
+    let mut reader = connect(&fleet, admin(&fleet, "reader")).await;
+    assert_eq!(reader.subscribe("$SYS/#", 0).await, 0);
+    assert_eq!(reader.subscribe("app/main/#", 0).await, 0);
+    let mut told = std::collections::BTreeMap::new();
+    let deadline = Instant::now() + PATIENCE;
+    // What is retained may be older than the two.
+    while told.get("$SYS/broker/clients/connected").map(String::as_str) != Some("2") {
+        assert!(Instant::now() < deadline, "{told:?}");
+        let message = reader.message().await;
+        told.insert(message.topic.clone(), message.text());
+    }
+    for _ in 0..40 {
+        let message = reader.message().await;
+        told.insert(message.topic.clone(), message.text());
+    }
+    assert!(told["$SYS/broker/version"].starts_with("muster "), "{told:?}");
+    assert!(told["$SYS/broker/uptime"].ends_with(" seconds"), "{told:?}");
+    for name in [
+        "clients/total",
+        "clients/disconnected",
+        "sessions/persistent",
+        "messages/received",
+        "messages/sent",
+        "messages/stored",
+        "publish/messages/received",
+        "publish/messages/sent",
+        "publish/messages/dropped",
+        "store/messages/count",
+        "store/messages/bytes",
+        "retained messages/count",
+        "subscriptions/count",
+        "bytes/received",
+        "bytes/sent",
+    ] {
+        let value = &told[&format!("$SYS/broker/{name}")];
+        assert!(value.parse::<u64>().is_ok(), "{name}: {value}");
+    }
+    assert_eq!(told["$SYS/broker/subscriptions/count"], "2");
+
+    // Nobody speaks in its name, whatever the rules say.
+    let rules = json!([allow("all", "$SYS/#")]);
+    fleet.make("/api/v1/roles", json!({ "id": "sys", "platform": true, "topic_rules": rules })).await;
+    let app = App::with_role(&fleet, "sys", json!({ "name": "sys", "role": "sys" })).await;
+    let mut liar = connect(&fleet, app.hello("liar")).await;
+    assert_eq!(liar.publish(Publish::new("$SYS/broker/version", "x").qos(1)).await, NOT_AUTHORIZED);
+    let will = Will { topic: "$SYS/broker/version".into(), ..Will::default() };
+    assert_eq!(answer_to(&fleet, &app.hello("heir").will(will)).await, NOT_AUTHORIZED);
+
+    let quiet = start_with(&[("MUSTER__MQTT__SYS_INTERVAL_S", "0")]).await;
+    let mut reader = connect(&quiet, admin(&quiet, "reader")).await;
+    assert_eq!(reader.subscribe("$SYS/#", 0).await, 0);
+    reader.is_quiet("it is off").await;
 }

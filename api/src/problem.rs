@@ -13,11 +13,12 @@ use utoipa::ToSchema;
 /// The media type of a problem.
 pub(crate) const MEDIA_TYPE: &str = "application/problem+json";
 /// Types of problems that say a bound was hit.
-pub(crate) const BOUNDS: [&str; 8] = [
+pub(crate) const BOUNDS: [&str; 9] = [
     "body-too-large",
     "busy",
     "timeout",
     "database-away",
+    "no-broker",
     "too-many-credentials",
     "too-many-buckets",
     "too-many-traces",

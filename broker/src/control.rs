@@ -43,6 +43,8 @@ const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 const AT_ONCE: usize = 5_000;
 /// One for what is asked, one to be woken on.
 const CONNECTIONS: u32 = 2;
+/// A database that has not answered by then is away.
+const LOOK_WITHIN: Duration = Duration::from_secs(10);
 /// How long a stopping broker tries to say that it goes.
 const RETIRE_WITHIN: Duration = Duration::from_secs(1);
 
@@ -96,14 +98,25 @@ impl Controlling {
 
 /// Starts to answer.
 pub(crate) async fn start(shared: &Arc<Shared>, options: &PgConnectOptions) -> fleet_core::Result<Controlling> {
-    let db = PgPoolOptions::new().max_connections(CONNECTIONS).connect_lazy_with(options.clone());
+    let db = PgPoolOptions::new()
+        .max_connections(CONNECTIONS)
+        .acquire_timeout(LOOK_WITHIN)
+        .connect_lazy_with(options.clone());
     let broker = Uuid::new_v4();
     let mut conn = db.acquire().await?;
     control::renew(&mut conn, broker).await?;
     let epoch = control::look(&mut conn, broker).await?.epoch;
     shared.control.epoch.store(epoch, Ordering::SeqCst);
     drop(conn);
-    let task = Task { shared: shared.clone(), db: db.clone(), broker, renewed: Instant::now(), is_away: false };
+    let task = Task {
+        shared: shared.clone(),
+        db: db.clone(),
+        broker,
+        renewed: Instant::now(),
+        // Sessions were restored before the epoch was asked for.
+        is_due: true,
+        is_away: false,
+    };
     let tasks = [tokio::spawn(listen(shared.clone(), db.clone())), tokio::spawn(task.run())];
     Ok(Controlling { tasks, broker, db })
 }
@@ -133,6 +146,8 @@ struct Task {
     db: PgPool,
     broker: Uuid,
     renewed: Instant,
+    /// Whether rights have changed and not everybody was checked yet.
+    is_due: bool,
     is_away: bool,
 }
 
@@ -141,7 +156,8 @@ impl Task {
         loop {
             let _polled = timeout(POLL_EVERY, self.shared.control.wake.notified()).await;
             let began = Instant::now();
-            let looked = self.look().await;
+            let looked = timeout(LOOK_WITHIN, self.look()).await;
+            let looked = looked.unwrap_or(Err(fleet_core::Error::Database(sqlx::Error::PoolTimedOut)));
             if let Err(error) = &looked {
                 self.shared.metrics.control_failures.inc();
                 if !self.is_away {
@@ -163,12 +179,11 @@ impl Task {
         let look = control::look(&mut db, self.broker).await?;
         let control = &self.shared.control;
         let changed = control.epoch.swap(look.epoch, Ordering::SeqCst) != look.epoch;
-        if control.again.swap(false, Ordering::SeqCst) || changed {
-            // From the swap on, who comes in sees that it must be checked; who was in already is among these.
-            if let Err(error) = self.recheck(&mut db).await {
-                control.again.store(true, Ordering::SeqCst);
-                return Err(error);
-            }
+        // From the swaps on, who comes in sees that it must be checked; who was in already is among these.
+        self.is_due |= control.again.swap(false, Ordering::SeqCst) || changed;
+        if self.is_due {
+            self.recheck(&mut db).await?;
+            self.is_due = false;
         }
         let answers: Vec<_> = look
             .questions

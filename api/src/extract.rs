@@ -454,8 +454,13 @@ pub(crate) struct Replayed(Answer);
 
 impl Replayed {
     /// A part of the body, such as `/device/id`.
-    pub(crate) fn text(&self, pointer: &str) -> &str {
+    fn text(&self, pointer: &str) -> &str {
         self.0.body.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// The answer with the `Location` of what was made then; `id` points at its id in the body.
+    pub(crate) fn at(self, id: &str, location: impl Fn(&str) -> String) -> Response {
+        ([(header::LOCATION, location(self.text(id)))], self).into_response()
     }
 }
 

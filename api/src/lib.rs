@@ -17,6 +17,7 @@ mod extract;
 mod metrics;
 mod page;
 mod problem;
+mod resource;
 mod routes;
 mod state;
 mod time;

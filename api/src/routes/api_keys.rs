@@ -9,7 +9,7 @@ use fleet_core::id::{ApiKeyId, RoleId, UserId};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::extract::{AccessManage, Can, Json, Once, Path, Query, Replayed};
+use crate::extract::{AccessManage, Can, Json, Once, Path, Query};
 use crate::page::{Cursor, Page, Paging, PagingQuery};
 use crate::problem::{Document, Problem};
 use crate::state::App;
@@ -96,7 +96,7 @@ pub(crate) async fn create(
     let mut tx = app.begin().await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
-        Err(replayed) => return Ok(repeated(replayed)),
+        Err(replayed) => return Ok(replayed.at("/id", location)),
     };
     let MakeApiKey { name, role, expires_in_s } = request;
     let new = NewApiKey { name, role, expires_in_s };
@@ -110,10 +110,6 @@ pub(crate) async fn create(
 
 fn location(id: &str) -> String {
     format!("/api/v1/api-keys/{id}")
-}
-
-fn repeated(replayed: Replayed) -> Response {
-    ([(header::LOCATION, location(replayed.text("/id")))], replayed).into_response()
 }
 
 /// List API keys

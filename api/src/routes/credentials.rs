@@ -10,7 +10,7 @@ use fleet_core::id::{CredentialId, DeviceId};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::extract::{Can, CredentialsManage, Json, MaybeJson, Once, Path, Replayed};
+use crate::extract::{Can, CredentialsManage, Json, MaybeJson, Once, Path};
 use crate::page::Page;
 use crate::problem::{Document, Problem};
 use crate::state::App;
@@ -181,7 +181,7 @@ pub(crate) async fn issue(
     let mut tx = app.begin().await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
-        Err(replayed) => return Ok(repeated(&id, replayed)),
+        Err(replayed) => return Ok(replayed.at("/id", |made| location(&id, made))),
     };
     let now = app.clock.now();
     let mut body = match &request.certificate {
@@ -231,7 +231,7 @@ pub(crate) async fn rotate(
     let mut tx = app.begin().await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
-        Err(replayed) => return Ok(repeated(&id, replayed)),
+        Err(replayed) => return Ok(replayed.at("/id", |made| location(&id, made))),
     };
     let overlap_s = request.overlap_s.unwrap_or(app.auth.rotation_overlap_s);
     let issued = credential::rotate(&mut tx, caller.tenant, &id, overlap_s, app.clock.now()).await?;
@@ -269,12 +269,11 @@ pub(crate) async fn revoke(
     Ok(StatusCode::NO_CONTENT)
 }
 
-fn created(device: &DeviceId, body: NewCredentialBody) -> Response {
-    let location = format!("/api/v1/devices/{device}/credentials/{}", body.id);
-    (StatusCode::CREATED, [(header::LOCATION, location)], Json(body)).into_response()
+fn location(device: &DeviceId, credential: &str) -> String {
+    format!("/api/v1/devices/{device}/credentials/{credential}")
 }
 
-fn repeated(device: &DeviceId, replayed: Replayed) -> Response {
-    let location = format!("/api/v1/devices/{device}/credentials/{}", replayed.text("/id"));
-    ([(header::LOCATION, location)], replayed).into_response()
+fn created(device: &DeviceId, body: NewCredentialBody) -> Response {
+    let location = location(device, &body.id.to_string());
+    (StatusCode::CREATED, [(header::LOCATION, location)], Json(body)).into_response()
 }

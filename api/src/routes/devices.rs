@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::str::FromStr;
 
 use axum::extract::State;
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::http::StatusCode;
+use axum::response::Response;
 use chrono::{DateTime, Utc};
 use fleet_core::device::{self, Device, DeviceType, Filter, GroupPath, Labels, MAX_PAGE, NewDevice, Patch};
 use fleet_core::id::DeviceId;
@@ -16,11 +16,11 @@ use sqlx::PgConnection;
 use utoipa::{IntoParams, ToSchema};
 
 use crate::extract::{
-    Can, Conditions, DevicesRead, DevicesWrite, FromQuery, Json, MergePatch, Once, Params, Path, Query, Replayed,
-    given, not_null,
+    Can, Conditions, DevicesRead, DevicesWrite, FromQuery, Json, MergePatch, Once, Params, Path, Query, given, not_null,
 };
 use crate::page::{Cursor, Page};
 use crate::problem::{Document, Problem};
+use crate::resource::{Resource, current, made, unless_known};
 use crate::routes::credentials::NewCredentialBody;
 use crate::state::App;
 use crate::time;
@@ -144,7 +144,9 @@ impl DeviceBody {
             updated_at: device.updated_at,
         }
     }
+}
 
+impl Resource for DeviceBody {
     /// `"{version}-{digest}"`: the version for `If-Match`, the digest because the status changes without it.
     fn tag(&self) -> String {
         let json = serde_json::to_vec(self).unwrap_or_default();
@@ -156,10 +158,6 @@ impl DeviceBody {
 async fn with_status(db: &mut PgConnection, device: Device) -> Result<DeviceBody, Problem> {
     let status = status::get(db, device.key).await?;
     Ok(DeviceBody::new(device, status))
-}
-
-fn tagged(status: StatusCode, body: DeviceBody) -> Response {
-    (status, [(header::ETAG, body.tag())], Json(body)).into_response()
 }
 
 /// A device to be enrolled.
@@ -193,6 +191,12 @@ pub(crate) struct Enrolled {
     credential: NewCredentialBody,
 }
 
+impl Resource for Enrolled {
+    fn tag(&self) -> String {
+        self.device.tag()
+    }
+}
+
 /// Enrol a device
 ///
 /// The answer holds the MQTT user name and password. The password is shown this once.
@@ -219,7 +223,7 @@ pub(crate) async fn enrol(
     let mut tx = app.begin().await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
-        Err(replayed) => return Ok(repeated(replayed)),
+        Err(replayed) => return Ok(replayed.at("/device/id", location)),
     };
     let Enrol { id, r#type: kind, group, labels, gateway } = request;
     let new = NewDevice { id, kind, group, labels, gateway };
@@ -229,16 +233,11 @@ pub(crate) async fn enrol(
     taken.finish(&mut tx, StatusCode::CREATED, &body).await?;
     tx.commit().await?;
     body.credential.put_password(password);
-    let headers = [(header::LOCATION, location(new.id.as_str())), (header::ETAG, body.device.tag())];
-    Ok((StatusCode::CREATED, headers, Json(body)).into_response())
+    Ok(made(location(new.id.as_str()), body))
 }
 
 fn location(id: &str) -> String {
     format!("/api/v1/devices/{id}")
-}
-
-fn repeated(replayed: Replayed) -> Response {
-    ([(header::LOCATION, location(replayed.text("/device/id")))], replayed).into_response()
 }
 
 /// Which devices.
@@ -384,11 +383,7 @@ pub(crate) async fn read(
     let mut db = app.begin().await?;
     let device = device::find(&mut db, caller.tenant, &id).await?;
     let body = with_status(&mut db, device).await?;
-    let tag = body.tag();
-    if conditions.has(&tag) {
-        return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, tag)]).into_response());
-    }
-    Ok(tagged(StatusCode::OK, body))
+    Ok(unless_known(&conditions, body))
 }
 
 /// What to change (RFC 7396): what is left out stays, null clears.
@@ -450,7 +445,7 @@ pub(crate) async fn change(
     let device = device::update(&mut tx, caller.tenant, &id, &patch, &conditions.versions(), now).await?;
     let body = with_status(&mut tx, device).await?;
     tx.commit().await?;
-    Ok(tagged(StatusCode::OK, body))
+    Ok(current(body))
 }
 
 /// Delete a device

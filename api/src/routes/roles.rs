@@ -1,8 +1,8 @@
 //! Roles that people make.
 
 use axum::extract::State;
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::http::StatusCode;
+use axum::response::Response;
 use chrono::{DateTime, Utc};
 use fleet_core::id::RoleId;
 use fleet_core::policy::Permission;
@@ -11,9 +11,10 @@ use fleet_core::topic_rule::TopicRule;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::extract::{AccessManage, Can, Conditions, Json, Once, Path, Query, Replayed};
+use crate::extract::{AccessManage, Can, Conditions, Json, Once, Path, Query};
 use crate::page::{Cursor, Page, Paging, PagingQuery};
 use crate::problem::{Document, FieldError, Problem};
+use crate::resource::{Resource, current, made, unless_known};
 use crate::state::App;
 use crate::time;
 
@@ -85,14 +86,12 @@ impl RoleBody {
             updated_at: role.updated_at,
         }
     }
+}
 
+impl Resource for RoleBody {
     fn tag(&self) -> String {
         format!("\"{}\"", self.version)
     }
-}
-
-fn tagged(status: StatusCode, body: RoleBody) -> Response {
-    (status, [(header::ETAG, body.tag())], Json(body)).into_response()
 }
 
 /// A role to be made.
@@ -156,7 +155,7 @@ pub(crate) async fn create(
     let mut tx = app.begin().await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
-        Err(replayed) => return Ok(repeated(replayed)),
+        Err(replayed) => return Ok(replayed.at("/id", location)),
     };
     let NewRoleBody { id, platform, permissions, topic_rules } = request;
     let new = NewRole { id, platform, grants: grants(&permissions, topic_rules)? };
@@ -164,16 +163,11 @@ pub(crate) async fn create(
     let body = RoleBody::new(role);
     taken.finish(&mut tx, StatusCode::CREATED, &body).await?;
     tx.commit().await?;
-    let headers = [(header::LOCATION, location(new.id.as_str())), (header::ETAG, body.tag())];
-    Ok((StatusCode::CREATED, headers, Json(body)).into_response())
+    Ok(made(location(new.id.as_str()), body))
 }
 
 fn location(id: &str) -> String {
     format!("/api/v1/roles/{id}")
-}
-
-fn repeated(replayed: Replayed) -> Response {
-    ([(header::LOCATION, location(replayed.text("/id")))], replayed).into_response()
 }
 
 /// List roles
@@ -216,11 +210,7 @@ pub(crate) async fn read(
     conditions: Conditions,
 ) -> Result<Response, Problem> {
     let body = RoleBody::new(role::find(&mut *app.begin().await?, caller.manager(), &id).await?);
-    let tag = body.tag();
-    if conditions.has(&tag) {
-        return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, tag)]).into_response());
-    }
-    Ok(tagged(StatusCode::OK, body))
+    Ok(unless_known(&conditions, body))
 }
 
 /// What a role says from now on.
@@ -279,7 +269,7 @@ pub(crate) async fn replace(
         ));
     }
     tx.commit().await?;
-    Ok(tagged(StatusCode::OK, RoleBody::new(role)))
+    Ok(current(RoleBody::new(role)))
 }
 
 /// Delete a role

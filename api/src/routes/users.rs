@@ -1,8 +1,8 @@
 //! Users: people who log in.
 
 use axum::extract::State;
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::http::StatusCode;
+use axum::response::Response;
 use chrono::{DateTime, Utc};
 use fleet_core::Error;
 use fleet_core::config::Secret;
@@ -11,9 +11,10 @@ use fleet_core::user::{self, NewUser, Patch, User};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::extract::{AccessManage, Can, Conditions, Json, MergePatch, Once, Path, Query, Replayed, given, not_null};
+use crate::extract::{AccessManage, Can, Conditions, Json, MergePatch, Once, Path, Query, given, not_null};
 use crate::page::{Cursor, Page, Paging, PagingQuery};
 use crate::problem::{Document, Problem};
+use crate::resource::{Resource, current, made, unless_known};
 use crate::state::App;
 use crate::time;
 
@@ -49,14 +50,12 @@ impl UserBody {
         let User { id, email, role, platform, disabled, version, created_at, updated_at, .. } = user;
         Self { id, email, role, platform, disabled, version, created_at, updated_at }
     }
+}
 
+impl Resource for UserBody {
     fn tag(&self) -> String {
         format!("\"{}\"", self.version)
     }
-}
-
-fn tagged(status: StatusCode, body: UserBody) -> Response {
-    (status, [(header::ETAG, body.tag())], Json(body)).into_response()
 }
 
 /// A user to be made.
@@ -119,7 +118,7 @@ pub(crate) async fn create(
     let mut tx = app.begin().await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
-        Err(replayed) => return Ok(repeated(replayed)),
+        Err(replayed) => return Ok(replayed.at("/id", location)),
     };
     let NewUserBody { email, role, platform, disabled, .. } = request;
     let new = NewUser { email, password_hash, role, platform, disabled };
@@ -127,16 +126,11 @@ pub(crate) async fn create(
     let body = UserBody::new(user);
     taken.finish(&mut tx, StatusCode::CREATED, &body).await?;
     tx.commit().await?;
-    let headers = [(header::LOCATION, location(&body.id.to_string())), (header::ETAG, body.tag())];
-    Ok((StatusCode::CREATED, headers, Json(body)).into_response())
+    Ok(made(location(&body.id.to_string()), body))
 }
 
 fn location(id: &str) -> String {
     format!("/api/v1/users/{id}")
-}
-
-fn repeated(replayed: Replayed) -> Response {
-    ([(header::LOCATION, location(replayed.text("/id")))], replayed).into_response()
 }
 
 /// List users
@@ -178,11 +172,7 @@ pub(crate) async fn read(
     conditions: Conditions,
 ) -> Result<Response, Problem> {
     let body = UserBody::new(user::find_in(&mut *app.begin().await?, caller.tenant, id).await?);
-    let tag = body.tag();
-    if conditions.has(&tag) {
-        return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, tag)]).into_response());
-    }
-    Ok(tagged(StatusCode::OK, body))
+    Ok(unless_known(&conditions, body))
 }
 
 /// What to change (RFC 7396): what is left out stays, null clears.
@@ -249,7 +239,7 @@ pub(crate) async fn change(
     let (mut tx, now) = (app.begin().await?, app.clock.now());
     let user = user::update(&mut tx, caller.manager(), id, &patch, &conditions.versions(), now).await?;
     tx.commit().await?;
-    Ok(tagged(StatusCode::OK, UserBody::new(user)))
+    Ok(current(UserBody::new(user)))
 }
 
 /// Delete a user

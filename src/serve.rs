@@ -118,7 +118,7 @@ impl Server {
         let plays = |role| roles.contains(&role);
         let clock = Clock::system();
         // Taken first: a port that is in use is said at once, not after the database has started.
-        let listener = if plays(Role::Api) { Some(listen(config.http.listen).await?) } else { None };
+        let listener = if plays(Role::Api) { Some(listen(&config).await?) } else { None };
         let database = Database::open(&config, &data_dir, &clock).await?;
         let mut db = database.pool().acquire().await.map_err(fleet_core::Error::from)?;
         let first_admin = user::ensure_admin(
@@ -181,8 +181,14 @@ impl Server {
     }
 }
 
-async fn listen(address: SocketAddr) -> Result<TcpListener, CannotListen> {
-    TcpListener::bind(address).await.map_err(|error| CannotListen { address, error })
+async fn listen(config: &Config) -> Result<TcpListener, CannotListen> {
+    let address = config.http.listen;
+    let bound = TcpListener::bind(address).await.and_then(|listener| {
+        // MQTT comes here too, over WebSocket.
+        broker::notice_the_dead(&listener, config.mqtt.tcp_keepalive_s)?;
+        Ok(listener)
+    });
+    bound.map_err(|error| CannotListen { address, error })
 }
 
 async fn start_broker(

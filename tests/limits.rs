@@ -1,6 +1,9 @@
 //! Every bound of the MQTT door is hit: the client is told, the metric counts, and nothing that was accepted is lost.
 
+use std::net::SocketAddr;
+
 use serde_json::json;
+use tokio::net::TcpStream;
 
 use crate::harness::raw::Answer::{Ack, Closed, ConnAck, Disconnect, Pong, Publish, SubAck};
 use crate::harness::raw::Version::{V5, V311};
@@ -137,6 +140,34 @@ async fn a_client_that_falls_silent_is_let_go_after_one_and_a_half_keep_alives()
         let last = if version == V5 { Disconnect(0x8D) } else { Closed };
         assert_eq!(raw.answer().await, last);
         assert!(began.elapsed().as_secs_f32() >= 1.4, "not before (§3.1.2.10)");
+    }
+}
+
+/// Which timer of the kernel runs for the server's end of a connection; `2`: it will ask whether the peer is there.
+fn timer(socket: &TcpStream) -> Option<String> {
+    let hex = |address: SocketAddr| format!("0100007F:{:04X}", address.port());
+    let (server, client) = (hex(socket.peer_addr().ok()?), hex(socket.local_addr().ok()?));
+    let table = std::fs::read_to_string("/proc/net/tcp").ok()?;
+    let row = table
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .find(|row| row[1..3] == [&*server, &*client])?;
+    Some(row[5].split(':').next()?.to_owned())
+}
+
+#[tokio::test]
+async fn a_client_without_keep_alive_whose_machine_is_gone_is_noticed_by_tcp() {
+    for (seconds, running) in [("120", "02"), ("0", "00")] {
+        let fleet = Fleet::start_with(&[("MUSTER__MQTT__TCP_KEEPALIVE_S", seconds)]).await;
+        let device = fleet.enrol("gone").await;
+        let hello = Hello { keep_alive_s: 0, ..Hello::new(V311, "gone") };
+        let mut raw = Raw::hello(&fleet, &device, hello).await;
+        assert_eq!(raw.answer().await, ConnAck(0));
+        let http = TcpStream::connect(fleet.url().trim_start_matches("http://")).await.expect("the server listens");
+        for socket in [&raw.socket, &http] {
+            let shown = || async { timer(socket) };
+            fleet.eventually(shown, |timer| timer.as_deref() == Some(running)).await;
+        }
     }
 }
 

@@ -72,7 +72,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::task::AbortOnDropHandle;
 
 pub use ingest::Health;
-pub use listener::{Door, Transport};
+pub use listener::{Door, Transport, notice_the_dead};
 pub use metrics::Metrics;
 pub use tls::{BadTls, TlsFiles};
 
@@ -190,8 +190,10 @@ impl Broker {
             Some(_) => Some(Tls::start(&parts.tls, &parts.data_dir, &metrics).await?),
             None => None,
         };
-        let (listener, address) = listener::bind("mqtt.listen", parts.mqtt.listen)?;
-        let tls_listener = parts.mqtt.tls_listen.map(|asked| listener::bind("mqtt.tls_listen", asked)).transpose()?;
+        let silent_s = parts.mqtt.tcp_keepalive_s;
+        let (listener, address) = listener::bind("mqtt.listen", parts.mqtt.listen, silent_s)?;
+        let tls_listener = parts.mqtt.tls_listen.map(|asked| listener::bind("mqtt.tls_listen", asked, silent_s));
+        let tls_listener = tls_listener.transpose()?;
         let now = Now::of(&parts.clock);
         let router = Router::new(metrics.clone());
         let sessions = Arc::new(Sessions::default());

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::Instant;
@@ -74,19 +75,45 @@ pub(crate) struct Arrival {
 
 /// Sockets the kernel holds for us in a storm.
 const BACKLOG: u32 = 4096;
+/// Questions without an answer, after which the other end is gone.
+const PROBES: u32 = 3;
 /// Pause after the system ran out of something, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-pub(crate) fn bind(setting: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+pub(crate) fn bind(
+    setting: &'static str,
+    address: SocketAddr,
+    tcp_keepalive_s: u32,
+) -> Result<(TcpListener, SocketAddr), StartError> {
     let listen = || {
         let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
         let listener = socket.listen(BACKLOG)?;
+        notice_the_dead(&listener, tcp_keepalive_s)?;
         let address = listener.local_addr()?;
         io::Result::Ok((listener, address))
     };
     listen().map_err(|error| StartError::Listen { setting, address, error })
+}
+
+/// Has the kernel ask who has been silent for so long whether it is still there, and break the connection when nothing
+/// comes back in as long again; 0: never. Else a client whose machine lost its power would stay for ever, when it has no
+/// keep alive of its own. The sockets that a listener accepts inherit it.
+///
+/// # Errors
+/// When the system refuses.
+pub fn notice_the_dead(listener: &TcpListener, silent_s: u32) -> io::Result<()> {
+    if silent_s == 0 {
+        return Ok(());
+    }
+    let silent = Duration::from_secs(u64::from(silent_s));
+    let pause = (silent / PROBES).max(Duration::from_secs(1));
+    let asking = TcpKeepalive::new().with_time(silent).with_interval(pause).with_retries(PROBES);
+    let socket = SockRef::from(listener);
+    socket.set_tcp_keepalive(&asking)?;
+    // While something is unacknowledged, the kernel does not ask but sends that again.
+    socket.set_tcp_user_timeout(Some(silent * 2))
 }
 
 /// The one way in: who comes here is counted, and served or refused.

@@ -60,6 +60,7 @@ pub struct Mqtt {
     pub packet_timeout_ms: u64,
     pub max_packet_bytes: u32,
     pub max_keep_alive_s: u16,
+    pub tcp_keepalive_s: u32,
     pub receive_maximum: u16,
     pub max_subscriptions: usize,
     pub outbox_messages: usize,

@@ -61,7 +61,7 @@ pub(crate) struct Round {
 /// All rounds, in the order they were run.
 pub(crate) async fn run(plan: &Plan, dir: &Path) -> anyhow::Result<Vec<Round>> {
     let most = plan.clients.iter().copied().max().context("no number of clients")?;
-    let identities = identities(plan, dir, most).await?;
+    let identities = identities(&plan.muster, &plan.kinds, dir, most).await?;
     let mut rounds = Vec::new();
     for &clients in &plan.clients {
         for number in 1..=plan.rounds {
@@ -105,14 +105,19 @@ pub(crate) fn ms(duration: Duration) -> f64 {
 }
 
 /// Devices of Muster are enrolled once, before anything is timed; the other servers take any name.
-async fn identities(plan: &Plan, dir: &Path, count: usize) -> anyhow::Result<Vec<Identity>> {
+pub(crate) async fn identities(
+    muster: &Path,
+    kinds: &[Kind],
+    dir: &Path,
+    count: usize,
+) -> anyhow::Result<Vec<Identity>> {
     let name = |index: usize| format!("bench-{index}");
-    if !plan.kinds.contains(&Kind::Muster) {
+    if !kinds.contains(&Kind::Muster) {
         let anybody = |index| Identity { id: name(index), username: "main/anybody".into(), password: "x".repeat(43) };
         return Ok((0..count).map(anybody).collect());
     }
     let started = Instant::now();
-    let server = Server::start(Kind::Muster, dir, &plan.muster).await?;
+    let server = Server::start(Kind::Muster, dir, muster).await?;
     let url = server.url.clone().context("Muster has a URL")?;
     let access = Access::Password { email: EMAIL.into(), password: PASSWORD.into() };
     let rest = Rest::connect(&url, access).await?;

@@ -1,6 +1,6 @@
 //! MQTT 3.1.1 frames, made by hand: the generator must cost less than what it measures.
 //!
-//! A PUBLISH is a template into which packet id, time and number are written, so that every message is a new reading
+//! A PUBLISH of a reading is a template into which packet id, time and number are written, so that every message is a new reading
 //! of the same length.
 
 /// Length of the payload of every publish, in bytes.
@@ -10,9 +10,17 @@ const FIRST_SEQ: u64 = 1_000_000_000;
 /// 2001-09-09: times from here to 2286 have 13 digits.
 const TS: &str = "1000000000000";
 
-/// CONNECT of a clean session that needs no ping for ten minutes.
-pub(crate) fn connect(client_id: &str, username: &str, password: &str) -> Vec<u8> {
-    let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', 4, 0b1100_0010];
+/// What becomes of a session when its connection ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Session {
+    Clean,
+    Kept,
+}
+
+/// CONNECT that needs no ping for ten minutes.
+pub(crate) fn connect(session: Session, client_id: &str, username: &str, password: &str) -> Vec<u8> {
+    let flags = if session == Session::Clean { 0b1100_0010 } else { 0b1100_0000 };
+    let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', 4, flags];
     body.extend(600_u16.to_be_bytes());
     for field in [client_id, username, password] {
         text(&mut body, field);
@@ -26,6 +34,18 @@ pub(crate) fn subscribe(filter: &str) -> Vec<u8> {
     text(&mut body, filter);
     body.push(1);
     frame(0x82, &body)
+}
+
+/// DISCONNECT.
+pub(crate) const GOODBYE: [u8; 2] = [0xE0, 0];
+
+/// PUBLISH of quality of service 1.
+pub(crate) fn publish(topic: &str, id: u16, payload: &[u8]) -> Vec<u8> {
+    let mut body = Vec::new();
+    text(&mut body, topic);
+    body.extend(id.to_be_bytes());
+    body.extend(payload);
+    frame(0x32, &body)
 }
 
 fn text(body: &mut Vec<u8>, text: &str) {
@@ -138,6 +158,34 @@ impl Incoming {
     }
 }
 
+/// Messages coming to a subscriber of quality of service 1.
+#[derive(Default)]
+pub(crate) struct Inbox {
+    rest: Vec<u8>,
+}
+
+impl Inbox {
+    /// How many messages end in `bytes`; what acknowledges them is appended to `acks`.
+    pub(crate) fn take(&mut self, bytes: &[u8], acks: &mut Vec<u8>) -> usize {
+        self.rest.extend_from_slice(bytes);
+        let (mut messages, mut at) = (0, 0);
+        while let Some((kind, length)) = packet(&self.rest[at..]) {
+            let frame = &self.rest[at..at + length];
+            at += length;
+            if kind & 0xF6 != 0x32 {
+                continue;
+            }
+            // Behind the header is the topic with its length, and behind that the packet id.
+            let header = 1 + 1 + frame[1..].iter().take_while(|byte| **byte & 0x80 != 0).count();
+            let id = header + 2 + usize::from(u16::from_be_bytes([frame[header], frame[header + 1]]));
+            acks.extend([0x40, 2, frame[id], frame[id + 1]]);
+            messages += 1;
+        }
+        self.rest.drain(..at);
+        messages
+    }
+}
+
 /// Kind and length of the first packet, if all of it is there.
 fn packet(bytes: &[u8]) -> Option<(u8, usize)> {
     let (kind, rest) = bytes.split_first()?;
@@ -175,6 +223,16 @@ mod tests {
             assert_eq!(payload(&second)["seq"], FIRST_SEQ + 1);
             assert_eq!(payload(&first)["values"].as_object().unwrap().len(), 11);
         }
+    }
+
+    #[test]
+    fn a_subscriber_acknowledges_each_message_by_its_id() {
+        let payload = [b'x'; 300];
+        let bytes = [publish("a/b", 258, &payload), vec![0xD0, 0], publish("c", 7, b"")].concat();
+        let (mut inbox, mut acks) = (Inbox::default(), Vec::new());
+        let (first, second) = bytes.split_at(150);
+        assert_eq!((inbox.take(first, &mut acks), inbox.take(second, &mut acks)), (0, 2));
+        assert_eq!(acks, [0x40, 2, 1, 2, 0x40, 2, 0, 7]);
     }
 
     proptest! {

@@ -13,12 +13,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use device_sim::latency::Latency;
 use futures::{StreamExt as _, stream};
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout};
 
-use crate::frame::{self, Incoming, Publish};
+use crate::frame::{self, Incoming, Publish, Session};
 
 /// Unacknowledged publishes of a client in the closed loop.
 pub(crate) const WINDOW: usize = 5;
@@ -58,28 +58,64 @@ pub(crate) struct Ramp {
 /// Connects every identity and subscribes it to its own commands.
 pub(crate) async fn connect(server: SocketAddr, identities: &[Identity]) -> Ramp {
     let started = Instant::now();
-    let attempts = stream::iter(identities.iter().enumerate()).map(|(index, identity)| async move {
+    let all = identities.iter().enumerate();
+    let clients = at_once(all, |(index, identity)| Client::connect(server, index, identity)).await;
+    Ramp { failed: identities.len() - clients.len(), clients, took: started.elapsed() }
+}
+
+/// Does something for each of many, some at once; what fails is tried again, and left out in the end.
+pub(crate) async fn at_once<I: Clone, T, F>(all: impl Iterator<Item = I>, each: impl Fn(I) -> F) -> Vec<T>
+where
+    F: Future<Output = io::Result<T>>,
+{
+    let each = &each;
+    let attempts = stream::iter(all).map(|one| async move {
         for _ in 0..ATTEMPTS {
-            if let Ok(Ok(client)) = timeout(CONNECT_WITHIN, Client::connect(server, index, identity)).await {
-                return Some(client);
+            if let Ok(Ok(done)) = timeout(CONNECT_WITHIN, each(one.clone())).await {
+                return Some(done);
             }
         }
         None
     });
-    let clients: Vec<_> = attempts.buffer_unordered(CONNECTING).filter_map(async |client| client).collect().await;
-    Ramp { failed: identities.len() - clients.len(), clients, took: started.elapsed() }
+    attempts.buffer_unordered(CONNECTING).filter_map(async |done| done).collect().await
+}
+
+/// Connects, and is answered that all is well.
+pub(crate) async fn enter(server: SocketAddr, identity: &Identity, session: Session) -> io::Result<TcpStream> {
+    let mut socket = TcpStream::connect(server).await?;
+    socket.set_nodelay(true)?;
+    welcome(&mut socket, identity, session).await?;
+    Ok(socket)
+}
+
+/// The same on a connection that is there, of any kind.
+pub(crate) async fn welcome<S>(socket: &mut S, identity: &Identity, session: Session) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    socket.write_all(&frame::connect(session, &identity.id, &identity.username, &identity.password)).await?;
+    socket.flush().await?;
+    expect(socket, &[0x20, 2, 0, 0]).await
+}
+
+/// Subscribes to one filter at quality of service 1.
+pub(crate) async fn subscribe(socket: &mut TcpStream, filter: &str) -> io::Result<()> {
+    socket.write_all(&frame::subscribe(filter)).await?;
+    expect(socket, &[0x90, 3, 0, 1, 1]).await
+}
+
+impl Identity {
+    /// What a device is sent.
+    pub(crate) fn commands(&self) -> String {
+        format!("fleet/v1/main/{}/commands/+/request", self.id)
+    }
 }
 
 impl Client {
     async fn connect(server: SocketAddr, index: usize, identity: &Identity) -> io::Result<Self> {
-        let mut socket = TcpStream::connect(server).await?;
-        socket.set_nodelay(true)?;
-        let own = format!("fleet/v1/main/{}", identity.id);
-        socket.write_all(&frame::connect(&identity.id, &identity.username, &identity.password)).await?;
-        expect(&mut socket, &[0x20, 2, 0, 0]).await?;
-        socket.write_all(&frame::subscribe(&format!("{own}/commands/+/request"))).await?;
-        expect(&mut socket, &[0x90, 3, 0, 1, 1]).await?;
-        let publish = Publish::new(&format!("{own}/telemetry"), index);
+        let mut socket = enter(server, identity, Session::Clean).await?;
+        subscribe(&mut socket, &identity.commands()).await?;
+        let publish = Publish::new(&format!("fleet/v1/main/{}/telemetry", identity.id), index);
         Ok(Self { socket, publish, incoming: Incoming::default(), out: Vec::new() })
     }
 
@@ -108,7 +144,7 @@ impl Client {
     }
 }
 
-async fn expect(socket: &mut TcpStream, answer: &[u8]) -> io::Result<()> {
+async fn expect(socket: &mut (impl AsyncRead + Unpin), answer: &[u8]) -> io::Result<()> {
     use tokio::io::AsyncReadExt as _;
     let mut found = vec![0; answer.len()];
     socket.read_exact(&mut found).await?;

@@ -5,6 +5,7 @@ mod frame;
 mod generator;
 mod process;
 mod report;
+mod scenes;
 mod server;
 mod writers;
 
@@ -30,6 +31,8 @@ enum Command {
         #[command(flatten)]
         broker: BrokerArgs,
         #[command(flatten)]
+        scenes: SceneArgs,
+        #[command(flatten)]
         writers: WriterArgs,
         /// Where the section is written.
         #[arg(long, default_value = "docs/benchmarks.md")]
@@ -37,6 +40,8 @@ enum Command {
     },
     /// Brokers only, printed.
     Broker(BrokerArgs),
+    /// Connections, kept sessions, deliveries and handshakes only, printed.
+    Scenes(SceneOnlyArgs),
     /// Writers only, printed.
     Writers(WriterArgs),
     /// Serve MQTT with rumqttd until killed.
@@ -79,6 +84,43 @@ struct WriterArgs {
     rows: usize,
 }
 
+#[derive(clap::Args)]
+struct SceneArgs {
+    /// What is played beside mosquitto.
+    #[arg(long, value_delimiter = ',', default_value = "idle,kept,fan-out,shared,handshakes", value_parser = scene)]
+    scenes: Vec<scenes::Scene>,
+    /// Connections of the ramp, and kept sessions; below 19,000, the limit of file descriptors.
+    #[arg(long, default_value_t = 10_000)]
+    connections: usize,
+    /// Subscribers of the one topic of the fan-out.
+    #[arg(long, default_value_t = 1_000)]
+    subscribers: usize,
+    /// Members of the shared subscription.
+    #[arg(long, default_value_t = 10)]
+    consumers: usize,
+    /// Rounds of each of both servers.
+    #[arg(long, default_value_t = 3)]
+    scene_rounds: usize,
+    /// Length of what is counted by the second, in seconds.
+    #[arg(long, default_value_t = 5)]
+    scene_s: u64,
+}
+
+#[derive(clap::Args)]
+struct SceneOnlyArgs {
+    /// The release binary of Muster.
+    #[arg(long, default_value = "target/release/muster")]
+    muster: PathBuf,
+    #[command(flatten)]
+    scenes: SceneArgs,
+}
+
+fn scene(name: &str) -> Result<scenes::Scene, String> {
+    let found = scenes::SCENES.into_iter().find(|(known, _)| *known == name);
+    let known = || scenes::SCENES.map(|(known, _)| known).join(", ");
+    found.map(|(_, scene)| scene).ok_or_else(|| format!("expected some of {}", known()))
+}
+
 fn kind(name: &str) -> Result<Kind, String> {
     match name {
         "muster" => Ok(Kind::Muster),
@@ -101,6 +143,20 @@ impl BrokerArgs {
     }
 }
 
+impl SceneArgs {
+    fn plan(self, muster: PathBuf) -> scenes::Plan {
+        scenes::Plan {
+            muster,
+            scenes: self.scenes,
+            connections: self.connections,
+            subscribers: self.subscribers,
+            consumers: self.consumers,
+            rounds: self.scene_rounds,
+            lasts: Duration::from_secs(self.scene_s),
+        }
+    }
+}
+
 fn main() -> anyhow::Result<()> {
     let command = match Args::parse().command {
         // Blocks for good and brings a runtime of its own.
@@ -116,20 +172,26 @@ async fn run(command: Command) -> anyhow::Result<()> {
     let started = Instant::now();
     let load_before = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let load_before = load_before.split(' ').next().unwrap_or("unknown").to_owned();
-    let (broker, writers, out) = match command {
-        Command::All { broker, writers, out } => {
-            let found = writers::run(&dir.0, writers.writer_rounds, writers.rows).await?;
-            (broker::run(&broker.plan(), &dir.0).await?, found, Some(out))
+    let mut findings = report::Findings { load_before, ..report::Findings::default() };
+    let mut target = None;
+    match command {
+        Command::All { broker, scenes, writers, out } => {
+            let scenes = scenes.plan(broker.muster.clone());
+            findings.writers = writers::run(&dir.0, writers.writer_rounds, writers.rows).await?;
+            findings.scenes = scenes::run(&scenes, &dir.0).await?;
+            findings.broker = broker::run(&broker.plan(), &dir.0).await?;
+            target = Some(out);
         }
-        Command::Broker(args) => (broker::run(&args.plan(), &dir.0).await?, Vec::new(), None),
-        Command::Writers(args) => (Vec::new(), writers::run(&dir.0, args.writer_rounds, args.rows).await?, None),
+        Command::Broker(args) => findings.broker = broker::run(&args.plan(), &dir.0).await?,
+        Command::Scenes(args) => findings.scenes = scenes::run(&args.scenes.plan(args.muster), &dir.0).await?,
+        Command::Writers(args) => findings.writers = writers::run(&dir.0, args.writer_rounds, args.rows).await?,
         Command::Rumqttd { .. } => return Ok(()),
-    };
+    }
     let command = std::env::args().skip(1).collect::<Vec<_>>().join(" ");
-    let command = if out.is_some() { "make bench".to_owned() } else { format!("bench {command}") };
-    let findings = report::Findings { command, load_before, took: started.elapsed(), broker, writers };
+    findings.command = if target.is_some() { "make bench".to_owned() } else { format!("bench {command}") };
+    findings.took = started.elapsed();
     println!("{}", report::section(&findings));
-    out.map_or(Ok(()), |out| report::write(&out, &findings))
+    target.map_or(Ok(()), |out| report::write(&out, &findings))
 }
 
 /// A directory for this run; it goes with it. The account of the database must be able to pass through.

@@ -1,5 +1,6 @@
 //! The servers under test: started, watched and stopped by process id; all on loopback.
 
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -49,19 +50,59 @@ pub(crate) struct Server {
     log: PathBuf,
     pub(crate) pid: u32,
     pub(crate) mqtt: SocketAddr,
+    /// With TLS, when it was started with [`Extra::tls`].
+    pub(crate) mqtts: SocketAddr,
     /// REST and metrics, of Muster.
     pub(crate) url: Option<String>,
+}
+
+/// What differs from a server as it is shipped.
+#[derive(Debug, Default)]
+pub(crate) struct Extra {
+    /// Files of a certificate and its key: a second listener speaks TLS.
+    pub(crate) tls: Option<Certificate>,
+    /// Connections beyond what Muster takes as shipped, at once and in a burst.
+    pub(crate) connections: Option<usize>,
+}
+
+/// Files of PEM.
+#[derive(Debug, Clone)]
+pub(crate) struct Certificate {
+    pub(crate) chain: PathBuf,
+    pub(crate) key: PathBuf,
+    /// Who vouches for it.
+    pub(crate) authority: PathBuf,
+}
+
+impl Certificate {
+    /// What `muster tls init` makes, the same for all servers.
+    pub(crate) async fn make(muster: &Path, dir: &Path) -> anyhow::Result<Self> {
+        let mut command = Command::new(muster);
+        let made = plain(&mut command).args(["tls", "init"]).env("MUSTER__DATA_DIR", dir.join("muster")).output();
+        let made = made.await.context("muster tls init")?;
+        let tls = dir.join("muster/tls");
+        let files =
+            Self { chain: tls.join("server.pem"), key: tls.join("server-key.pem"), authority: tls.join("ca.pem") };
+        if !files.chain.exists() {
+            bail!("muster tls init: {}", String::from_utf8_lossy(&made.stderr));
+        }
+        Ok(files)
+    }
 }
 
 impl Server {
     /// Starts a server whose files live in `dir`, and waits until it takes connections.
     pub(crate) async fn start(kind: Kind, dir: &Path, muster: &Path) -> anyhow::Result<Self> {
-        let mqtt = free_port()?;
-        let http = free_port()?;
+        Self::start_with(kind, dir, muster, &Extra::default()).await
+    }
+
+    /// The same, not quite as shipped.
+    pub(crate) async fn start_with(kind: Kind, dir: &Path, muster: &Path, extra: &Extra) -> anyhow::Result<Self> {
+        let (mqtt, mqtts, http) = (free_port()?, free_port()?, free_port()?);
         let log = dir.join(format!("{kind:?}.log"));
         let mut command = match kind {
-            Kind::Muster => muster_command(muster, dir, mqtt, http),
-            Kind::Mosquitto => mosquitto_command(dir, mqtt)?,
+            Kind::Muster => muster_command(muster, dir, [mqtt, mqtts, http], extra),
+            Kind::Mosquitto => mosquitto_command(dir, [mqtt, mqtts], extra)?,
             Kind::Rumqttd => {
                 let mut command = Command::new(std::env::current_exe()?);
                 command.args(["rumqttd", "--port", &mqtt.port().to_string()]);
@@ -73,7 +114,7 @@ impl Server {
         let child = child.spawn().with_context(|| format!("{kind:?} cannot be started"))?;
         let pid = child.id().context("the server ended at once")?;
         let url = (kind == Kind::Muster).then(|| format!("http://{http}"));
-        let mut server = Self { child, log, pid, mqtt, url };
+        let mut server = Self { child, log, pid, mqtt, mqtts, url };
         server.ready().await?;
         Ok(server)
     }
@@ -126,26 +167,48 @@ impl Server {
     }
 }
 
-fn muster_command(program: &Path, dir: &Path, mqtt: SocketAddr, http: SocketAddr) -> Command {
+/// Without the settings of whoever measures.
+fn plain(command: &mut Command) -> &mut Command {
+    command.env_remove("DATABASE_URL").env_remove("MUSTER_CONFIG")
+}
+
+fn muster_command(program: &Path, dir: &Path, [mqtt, mqtts, http]: [SocketAddr; 3], extra: &Extra) -> Command {
     let mut command = Command::new(program);
-    command
+    plain(&mut command)
         .arg("serve")
-        .env_remove("DATABASE_URL")
-        .env_remove("MUSTER_CONFIG")
         .env("MUSTER__DATA_DIR", dir.join("muster"))
         .env("MUSTER__HTTP__LISTEN", http.to_string())
         .env("MUSTER__MQTT__LISTEN", mqtt.to_string())
         .env("MUSTER__LOG__FILTER", "warn")
         .env("MUSTER_ADMIN_EMAIL", EMAIL)
         .env("MUSTER_ADMIN_PASSWORD", PASSWORD);
+    if let Some(tls) = &extra.tls {
+        command
+            .env("MUSTER__MQTT__TLS_LISTEN", mqtts.to_string())
+            .env("MUSTER__TLS__CERTIFICATE", &tls.chain)
+            .env("MUSTER__TLS__KEY", &tls.key)
+            // Like the others: no certificate is asked of clients.
+            .env("MUSTER__TLS__CLIENT_CA", "");
+    }
+    if let Some(connections) = extra.connections {
+        command
+            .env("MUSTER__MQTT__MAX_CONNECTIONS", connections.to_string())
+            .env("MUSTER__ADMISSION__CONNECTS_BURST", connections.to_string());
+    }
     command
 }
 
 /// Everything as shipped but where it listens, and nothing on disk.
-fn mosquitto_command(dir: &Path, mqtt: SocketAddr) -> anyhow::Result<Command> {
+fn mosquitto_command(dir: &Path, [mqtt, mqtts]: [SocketAddr; 2], extra: &Extra) -> anyhow::Result<Command> {
     let config = dir.join("mosquitto.conf");
-    let text =
-        format!("listener {} {}\nallow_anonymous true\npersistence false\nlog_dest none\n", mqtt.port(), mqtt.ip());
+    let mut text =
+        format!("allow_anonymous true\npersistence false\nlog_dest none\nlistener {} {}\n", mqtt.port(), mqtt.ip());
+    if let Some(tls) = &extra.tls {
+        // It reads the key after it has given its rights up; whoever is not root is not asked.
+        text.insert_str(0, "user root\n");
+        writeln!(text, "listener {} {}", mqtts.port(), mqtts.ip())?;
+        writeln!(text, "certfile {}\nkeyfile {}", tls.chain.display(), tls.key.display())?;
+    }
     fs::write(&config, text)?;
     // Debian keeps it out of the path of users.
     let program = ["/usr/sbin/mosquitto", "/usr/local/sbin/mosquitto"].into_iter().find(|p| Path::new(p).exists());

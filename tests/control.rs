@@ -1,18 +1,21 @@
 //! Whoever runs the server sees who is connected and has the last word: what is taken away ends open connections and
 //! subscriptions within a second, and each action has its refusal.
 
+use std::process::Stdio;
 use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::TcpStream;
+use tokio::process::Child;
 use tokio::time::Instant;
 
 use crate::harness::client::Client;
 use crate::harness::packet::kind::PUBACK;
 use crate::harness::packet::{Connect, Property, Publish, Will, property};
 use crate::harness::raw::Version::{self, V5, V311};
-use crate::harness::{ADMIN, Device, Fleet, PATIENCE};
+use crate::harness::{ADMIN, Device, Fleet, PATIENCE, muster};
 
 /// Administrative action.
 const SENT_AWAY: u8 = 0x98;
@@ -743,4 +746,58 @@ async fn the_broker_tells_of_itself_to_who_may_read_it() {
     let mut reader = connect(&quiet, admin(&quiet, "reader")).await;
     assert_eq!(reader.subscribe("$SYS/#", 0).await, 0);
     reader.is_quiet("it is off").await;
+}
+
+/// A second process on the same database: the HTTP door alone.
+async fn http_door(fleet: &Fleet) -> (Child, String) {
+    let mut child = muster()
+        .args(["serve", "--roles", "api"])
+        .env("MUSTER__DATA_DIR", fleet.data_dir().join("http-door"))
+        .env("MUSTER__DATABASE__URL", fleet.database_url())
+        .env("MUSTER__HTTP__LISTEN", "127.0.0.1:0")
+        .env("MUSTER__HTTP__BROKER_ANSWER_MS", "15000")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the binary is built");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    loop {
+        let line = lines.next_line().await.expect("text").expect("the server becomes ready");
+        if let Some(url) = line.strip_prefix("ready: ") {
+            return (child, url.to_owned());
+        }
+    }
+}
+
+/// Asks the other process as the admin.
+async fn ask(fleet: &Fleet, method: Method, url: &str, body: Option<Value>) -> (StatusCode, Value) {
+    let request = reqwest::Client::new().request(method, url).bearer_auth(fleet.token());
+    let request = if let Some(body) = body { request.json(&body) } else { request };
+    let answer = request.send().await.expect("the server answers");
+    (answer.status(), answer.json().await.unwrap_or_default())
+}
+
+#[tokio::test]
+async fn the_doors_may_be_two_processes_and_that_no_broker_runs_is_said() {
+    let mut fleet = start().await;
+    let boiler = fleet.enrol("boiler-1").await;
+    let (mut child, url) = http_door(&fleet).await;
+    let list = format!("{url}{CONNECTIONS}");
+    let client = connect(&fleet, device(&boiler, V5)).await;
+    let (status, seen) = ask(&fleet, Method::GET, &list, None).await;
+    assert_eq!((status, &seen["items"][0]["client_id"]), (StatusCode::OK, &json!("boiler-1")), "{seen}");
+    let path = format!("{url}/api/v1/devices/boiler-1");
+    let began = Instant::now();
+    let (status, answer) = ask(&fleet, Method::PATCH, &path, Some(json!({ "disabled": true }))).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    is_sent_away(client, SENT_AWAY, "the device was disabled").await;
+    felt("device disabled through another process", began);
+
+    fleet.stop().await;
+    let (status, problem) = ask(&fleet, Method::GET, &list, None).await;
+    assert_eq!((status, &problem["type"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("urn:muster:problem:no-broker")));
+    assert!(problem["detail"].as_str().expect("a text").contains("no broker is running"), "{problem}");
+    let (status, events) = ask(&fleet, Method::GET, &format!("{list}/events"), None).await;
+    assert_eq!((status, &events["items"]), (StatusCode::OK, &json!([])), "what was kept can be read all the same");
+    child.kill().await.expect("it runs");
 }

@@ -115,6 +115,11 @@ impl Fleet {
         PathBuf::from(&self.settings[0].1)
     }
 
+    /// Where the server's database is, where the test made it.
+    pub(crate) fn database_url(&self) -> String {
+        self.db.as_ref().expect("this server has a database of its own").options().to_url_lossy().to_string()
+    }
+
     /// Connections to the server's database, where the test made it.
     pub(crate) fn db(&self) -> &sqlx::PgPool {
         self.db.as_ref().expect("this server has a database of its own").pool()

@@ -129,3 +129,46 @@ async fn another_tenants_devices_do_not_exist() {
     let gateway = api.post("/api/v1/devices", json!({"id": "b", "gateway": "boiler-1"})).await;
     gateway.problem(422, "no-such-gateway");
 }
+
+#[tokio::test]
+async fn another_tenants_users_roles_and_keys_do_not_exist() {
+    let api = Api::start().await;
+    api.post("/api/v1/roles", json!({ "id": "orders" })).await.expect(201);
+    let (user, _) = api.user("ada@example.com", "orders").await;
+    let key = api.post("/api/v1/api-keys", json!({ "name": "a", "role": "orders" })).await.expect(201);
+    let key = key.body["id"].as_str().unwrap();
+    let (stranger, token) = api.user("stranger@example.com", "admin").await;
+    sqlx::query("insert into tenant (id, created_at) values ('other', now())").execute(api.db.pool()).await.unwrap();
+    sqlx::query("update app_user set tenant_key = (select key from tenant where id = 'other') where id = $1")
+        .bind(stranger.uuid())
+        .execute(api.db.pool())
+        .await
+        .unwrap();
+    let ask = |method, path: &str| api.as_who(&token, method, path);
+    for path in ["/api/v1/roles", "/api/v1/api-keys"] {
+        assert_eq!(ask("GET", path).send().await.expect(200).ids(), Vec::<&str>::new(), "{path}");
+    }
+    assert_eq!(ask("GET", "/api/v1/users").send().await.expect(200).ids(), [stranger.to_string()]);
+    let user = format!("/api/v1/users/{user}");
+    for method in ["GET", "DELETE"] {
+        ask(method, &user).send().await.problem(404, "no-such-user");
+        ask(method, "/api/v1/roles/orders").send().await.problem(404, "no-such-role");
+    }
+    let patch = ask("PATCH", &user).raw("application/merge-patch+json", r#"{"disabled":true}"#);
+    patch.send().await.problem(404, "no-such-user");
+    let empty = json!({ "permissions": [], "topic_rules": [] });
+    ask("PUT", "/api/v1/roles/orders").json(&empty).send().await.problem(404, "no-such-role");
+    ask("DELETE", &format!("/api/v1/api-keys/{key}")).send().await.problem(404, "no-such-api-key");
+    let give = json!({ "name": "a", "role": "orders" });
+    ask("POST", "/api/v1/api-keys").json(&give).send().await.problem(404, "no-such-role");
+    // A rule may name its own tenant, and no other.
+    let orders = |tenant| {
+        let rule = json!({ "effect": "allow", "action": "all", "filter": format!("app/{tenant}/#") });
+        json!({ "id": "orders", "topic_rules": [rule] })
+    };
+    ask("POST", "/api/v1/roles").json(&orders("main")).send().await.problem(400, "invalid");
+    // The same name is another role.
+    ask("POST", "/api/v1/roles").json(&orders("other")).send().await.expect(201);
+    ask("DELETE", "/api/v1/roles/orders").send().await.expect(204);
+    api.get("/api/v1/roles/orders").await.expect(200);
+}

@@ -117,19 +117,32 @@ impl Api {
         self.post("/api/v1/devices", serde_json::json!({"id": id})).await.expect(201).body
     }
 
-    /// A token of a user without a role.
-    pub(crate) async fn nobody(&self) -> (UserId, String) {
+    /// A request by this access token or API key.
+    pub(crate) fn as_who(&self, secret: &str, method: &str, path: &str) -> Ask<'_> {
+        self.anonymous(method, path).header("authorization", &format!("Bearer {secret}"))
+    }
+
+    /// A user of the administrator's tenant with this role, and an access token. There is no password: hashing takes
+    /// its time.
+    pub(crate) async fn user(&self, email: &str, role: &str) -> (UserId, String) {
         let id = UserId::new();
         sqlx::query(
-            "insert into app_user (id, tenant_key, email, password_hash, created_at) values ($1, $2, $3, '', now())",
+            "insert into app_user (id, tenant_key, email, password_hash, created_at, role, role_key)
+             values ($1, $2, $3, '', now(), case when $4 = 'admin' then $4 end, (select key from role where id = $4))",
         )
         .bind(id.uuid())
         .bind(self.db.tenant().0)
-        .bind(format!("{id}@example.com"))
+        .bind(email)
+        .bind(role)
         .execute(self.db.pool())
         .await
         .unwrap();
         (id, self.keys.sign(id).unwrap().token.expose().to_owned())
+    }
+
+    /// A token of a user without a role.
+    pub(crate) async fn nobody(&self) -> (UserId, String) {
+        self.user(&format!("{}@example.com", UserId::new()), "").await
     }
 
     /// The value of a metric, 0 when it is not there.

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod access;
+mod api_keys;
 mod connections;
 mod credentials;
 mod dead_letters;
@@ -11,5 +12,7 @@ mod document;
 mod door;
 mod harness;
 mod login;
+mod roles;
 mod sessions;
 mod telemetry;
+mod users;

@@ -1,4 +1,4 @@
--- Roles that people make. Built-in roles stay in the code, and their names are reserved (ADR 5).
+-- Roles that people make. Built-in roles stay in the code, and their names are reserved (ADR 7).
 create table role (
     key         bigint generated always as identity primary key,
     -- Null: a role of the platform, whose rules may name any topic.

@@ -1,8 +1,9 @@
 //! Roles that people make: permissions and topic rules under a name.
 //!
-//! Made by [`create`], changed whole by [`replace`], ended by [`delete`], given to users and API keys; [`Roles`] brings one to a principal. Holds: a tenant's role reaches the tenant's topics only, which is
-//! checked when it is written and again when it is loaded; a role whose rules do not pass then grants nothing. A role
-//! in use is not deleted. Roles of the platform exist only for who has platform standing (ADR 5). Ignorant of: HTTP.
+//! Made by [`create`], changed whole by [`replace`], ended by [`delete`], given to users and API keys; [`Roles`] brings
+//! one to a principal. Holds: a tenant's role reaches the tenant's topics only, which is checked when it is written and
+//! again when it is loaded; a role whose rules do not pass then grants nothing. A role in use is not deleted. Roles of the
+//! platform exist only for who has platform standing (ADR 7). Ignorant of: HTTP.
 
 use std::collections::HashMap;
 use std::sync::Arc;

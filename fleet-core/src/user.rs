@@ -2,8 +2,7 @@
 //!
 //! The first is made by [`ensure_admin`], others by [`create`]; everyone enters by [`Logins::login`]. Holds: a tenant
 //! keeps an enabled admin, and the server one with platform standing; who has that, or a role of the platform, is
-//! changed only by those who have it (ADR 5); passwords are kept as Argon2id
-//! (RFC 9106) only; a login does the same work whether or not the user exists, so its time tells nothing; hashing is
+//! changed only by those who have it (ADR 7); passwords are kept as Argon2id (RFC 9106) only; a login does the same work whether or not the user exists, so its time tells nothing; hashing is
 //! bounded in memory, and what exceeds a short queue is refused instead of waiting. Ignorant of: HTTP, tokens.
 
 use std::sync::Arc;

@@ -68,6 +68,8 @@ pub(crate) const SCENES: [(&str, Scene); 5] = [
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum What {
     Ramp,
+    RampCpu,
+    RampPostgres,
     Connection,
     Subscribed,
     Failed,
@@ -84,8 +86,10 @@ pub(crate) enum What {
 
 impl What {
     /// In the order of the table.
-    pub(crate) const ALL: [Self; 13] = [
+    pub(crate) const ALL: [Self; 15] = [
         Self::Ramp,
+        Self::RampCpu,
+        Self::RampPostgres,
         Self::Failed,
         Self::Connection,
         Self::Subscribed,
@@ -105,6 +109,8 @@ impl What {
         let Shape { connections, subscribers, consumers } = plan;
         match self {
             Self::Ramp => format!("ramp of {connections} connections, s"),
+            Self::RampCpu => "its processor time, µs a connection".into(),
+            Self::RampPostgres => "of this in PostgreSQL".into(),
             Self::Failed => format!("of these not let in, of {connections}"),
             Self::Connection => "memory of an idle clean connection, KiB".into(),
             Self::Subscribed => "the same with one subscription, KiB".into(),

@@ -20,8 +20,8 @@ use crate::frame::{GOODBYE, Session};
 use crate::generator::{Identity, welcome};
 use crate::server::{Certificate, Kind, Server};
 
-/// Clients at once.
-const CLIENTS: usize = 16;
+/// Clients at once: enough for a server that waits for its clients' acknowledgements of TCP.
+const CLIENTS: usize = 64;
 
 pub(super) async fn handshakes(stage: &Stage<'_>, kind: Kind) -> anyhow::Result<Figures> {
     let server = stage.start_with_tls(kind).await?;

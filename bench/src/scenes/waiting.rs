@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
@@ -17,10 +17,13 @@ use crate::server::Kind;
 pub(super) async fn idle(stage: &Stage<'_>, kind: Kind) -> anyhow::Result<Figures> {
     let server = stage.start(kind).await?;
     let before = process::rss(server.pid);
-    let started = Instant::now();
+    let (started, (broker, postgres)) = (Instant::now(), server.cpu());
     let come = async |identity| Ok((enter(server.mqtt, identity, Session::Clean).await?, identity));
     let mut sockets: Vec<(TcpStream, &Identity)> = at_once(stage.identities.iter(), come).await;
     let ramp = started.elapsed();
+    let (broker_to, postgres_to) = server.cpu();
+    let us = |spent: Duration| spent.as_secs_f64() * 1e6 / sockets.len().max(1) as f64;
+    let (broker, postgres) = (us(broker_to.saturating_sub(broker)), us(postgres_to.saturating_sub(postgres)));
     let failed = stage.identities.len() - sockets.len();
     let connection = grown_kib(&server, before, sockets.len()).await;
     for (socket, identity) in &mut sockets {
@@ -31,6 +34,8 @@ pub(super) async fn idle(stage: &Stage<'_>, kind: Kind) -> anyhow::Result<Figure
     server.stop().await?;
     Ok(vec![
         (What::Ramp, ramp.as_secs_f64()),
+        (What::RampCpu, broker + postgres),
+        (What::RampPostgres, postgres),
         (What::Failed, failed as f64),
         (What::Connection, connection),
         (What::Subscribed, subscribed),

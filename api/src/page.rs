@@ -159,15 +159,29 @@ macro_rules! keys {
         })+
     };
 }
-keys!(UserId: User, RoleId: Role, ApiKeyId: ApiKey);
+keys!(
+    DeviceId: Device,
+    DeadLetterId: DeadLetter,
+    SessionId: Session,
+    UserId: User,
+    RoleId: Role,
+    ApiKeyId: ApiKey,
+    ConnectionId: Connection,
+    ConnectionEventId: ConnectionEvent
+);
+
+/// The key behind which a page is to begin; a cursor of another list is refused.
+pub(crate) fn behind<K: Key>(query: &mut Params<'_>) -> Option<K> {
+    let key = query.one::<Cursor>("cursor").map(K::of);
+    if matches!(key, Some(None)) {
+        query.refuse("cursor", NOT_A_CURSOR);
+    }
+    key.flatten()
+}
 
 impl<K: Key> FromQuery for Paging<K> {
     fn from_query(query: &mut Params<'_>) -> Option<Self> {
-        let after = query.one::<Cursor>("cursor").map(K::of);
-        if matches!(after, Some(None)) {
-            query.refuse("cursor", NOT_A_CURSOR);
-        }
-        Some(Self { after: after.flatten(), limit: query.limit(DEFAULT_PAGE, LARGEST_PAGE) })
+        Some(Self { after: behind(query), limit: query.limit(DEFAULT_PAGE, LARGEST_PAGE) })
     }
 }
 

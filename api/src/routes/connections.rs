@@ -22,7 +22,7 @@ use sqlx::PgConnection;
 use utoipa::{IntoParams, ToSchema};
 
 use crate::extract::{Can, ConnectionsManage, ConnectionsRead, FromQuery, Json, MaybeJson, Params, Path, Query};
-use crate::page::{Cursor, Page};
+use crate::page::{Cursor, Page, behind};
 use crate::problem::{Document, Problem};
 use crate::state::App;
 use crate::time;
@@ -208,7 +208,7 @@ impl FromQuery for List {
             client_id: query.one("client_id"),
             transport: query.one::<Carrier>("transport").map(|carrier| carrier.0),
         };
-        let after = query.one::<After>("cursor").map(|after| after.0);
+        let after = behind(query);
         Some(Self { filter, after, limit: query.limit(DEFAULT_PAGE, LARGEST_PAGE) })
     }
 }
@@ -223,18 +223,6 @@ impl FromStr for Carrier {
             "tls" => Ok(Self(Transport::Tls)),
             "websocket" => Ok(Self(Transport::WebSocket)),
             _ => Err("expected tcp, tls or websocket"),
-        }
-    }
-}
-
-struct After(ConnectionId);
-
-impl FromStr for After {
-    type Err = &'static str;
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.parse()? {
-            Cursor::Connection(id) => Ok(Self(id)),
-            _ => Err("expected the next_cursor of a page of this list"),
         }
     }
 }
@@ -596,21 +584,9 @@ pub(crate) struct Events {
 
 impl FromQuery for Events {
     fn from_query(query: &mut Params<'_>) -> Option<Self> {
-        let before = query.one::<Before>("cursor").map(|before| before.0);
+        let before = behind(query);
         let (device, kind) = (query.one("device"), query.one("kind"));
         Some(Self { device, kind, before, limit: query.limit(DEFAULT_PAGE, LARGEST_PAGE) })
-    }
-}
-
-struct Before(ConnectionEventId);
-
-impl FromStr for Before {
-    type Err = &'static str;
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.parse()? {
-            Cursor::ConnectionEvent(id) => Ok(Self(id)),
-            _ => Err("expected the next_cursor of a page of this list"),
-        }
     }
 }
 

@@ -1,7 +1,5 @@
 //! Payloads that could not be read.
 
-use std::str::FromStr;
-
 use axum::extract::State;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -12,7 +10,7 @@ use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
 
 use crate::extract::{Can, DeadLettersRead, FromQuery, Json, Params, Query};
-use crate::page::{Cursor, Page};
+use crate::page::{Cursor, Page, behind};
 use crate::problem::Problem;
 use crate::state::App;
 use crate::time;
@@ -79,20 +77,8 @@ pub(crate) struct List {
 
 impl FromQuery for List {
     fn from_query(query: &mut Params<'_>) -> Option<Self> {
-        let before = query.one::<Before>("cursor").map(|before| before.0);
+        let before = behind(query);
         Some(Self { device: query.one("device"), before, limit: query.limit(DEFAULT_PAGE, LARGEST_PAGE) })
-    }
-}
-
-struct Before(DeadLetterId);
-
-impl FromStr for Before {
-    type Err = &'static str;
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.parse()? {
-            Cursor::DeadLetter(id) => Ok(Self(id)),
-            _ => Err("expected the next_cursor of a page of this list"),
-        }
     }
 }
 

@@ -18,7 +18,7 @@ use utoipa::{IntoParams, ToSchema};
 use crate::extract::{
     Can, Conditions, DevicesRead, DevicesWrite, FromQuery, Json, MergePatch, Once, Params, Path, Query, given, not_null,
 };
-use crate::page::{Cursor, Page};
+use crate::page::{Cursor, Page, behind};
 use crate::problem::{Document, Problem};
 use crate::resource::{Resource, current, made, unless_known};
 use crate::routes::credentials::NewCredentialBody;
@@ -275,7 +275,7 @@ impl FromQuery for List {
             labels: wanted_labels(query),
         };
         let limit = query.limit(DEFAULT_PAGE, MAX_PAGE);
-        let after = query.one::<AfterDevice>("cursor").map(|after| after.0);
+        let after = behind(query);
         Some(Self { filter, after, limit })
     }
 }
@@ -287,18 +287,6 @@ impl FromStr for StateName {
     fn from_str(text: &str) -> Result<Self, String> {
         let found = STATES.iter().find(|state| **state == text);
         found.map(|state| Self(state)).ok_or_else(|| format!("expected one of {}", STATES.join(", ")))
-    }
-}
-
-struct AfterDevice(DeviceId);
-
-impl FromStr for AfterDevice {
-    type Err = &'static str;
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.parse()? {
-            Cursor::Device(id) => Ok(Self(id)),
-            _ => Err("expected the next_cursor of a page of this list"),
-        }
     }
 }
 

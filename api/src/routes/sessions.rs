@@ -1,7 +1,5 @@
 //! Sessions: what outlives the connections of clients.
 
-use std::str::FromStr;
-
 use axum::extract::State;
 use axum::http::StatusCode;
 use chrono::{DateTime, Utc};
@@ -12,7 +10,7 @@ use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
 
 use crate::extract::{Can, ConnectionsManage, ConnectionsRead, FromQuery, Json, Params, Path, Query};
-use crate::page::{Cursor, Page};
+use crate::page::{Cursor, Page, behind};
 use crate::problem::{Document, Problem};
 use crate::state::App;
 use crate::time;
@@ -127,20 +125,8 @@ pub(crate) struct List {
 
 impl FromQuery for List {
     fn from_query(query: &mut Params<'_>) -> Option<Self> {
-        let after = query.one::<After>("cursor").map(|after| after.0);
+        let after = behind(query);
         Some(Self { device: query.one("device"), after, limit: query.limit(DEFAULT_PAGE, MAX_PAGE) })
-    }
-}
-
-struct After(SessionId);
-
-impl FromStr for After {
-    type Err = &'static str;
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.parse()? {
-            Cursor::Session(id) => Ok(Self(id)),
-            _ => Err("expected the next_cursor of a page of this list"),
-        }
     }
 }
 

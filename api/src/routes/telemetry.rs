@@ -16,7 +16,7 @@ use sqlx::PgConnection;
 use utoipa::{IntoParams, ToSchema};
 
 use crate::extract::{Can, FromQuery, Json, Params, Path, Query, TelemetryRead};
-use crate::page::{Cursor, Page};
+use crate::page::{Cursor, Key, Page, behind};
 use crate::problem::{Document, Problem};
 use crate::state::App;
 use crate::time::{self, Bucket, Moment, rfc3339};
@@ -143,7 +143,7 @@ impl FromQuery for Series {
         let bucket = query.one("bucket");
         let order = query.one::<ByTime>("order").map_or(Order::Asc, |order| order.0);
         let limit = query.limit(DEFAULT_PAGE, LARGEST_PAGE);
-        let after = query.one::<After>("cursor").map(|after| after.0);
+        let after = behind(query);
         if bucket.is_some() && metric.is_none() {
             query.refuse("bucket", "expected with metric: a bucket holds the numbers of one metric");
         }
@@ -182,14 +182,11 @@ impl FromStr for ByTime {
     }
 }
 
-struct After((DateTime<Utc>, i64));
-
-impl FromStr for After {
-    type Err = &'static str;
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.parse()? {
-            Cursor::Reading { ts_ms, seq } if time::RANGE_MS.contains(&ts_ms) => Ok(Self((from_ms(ts_ms), seq))),
-            _ => Err("expected the next_cursor of a page of this list"),
+impl Key for (DateTime<Utc>, i64) {
+    fn of(cursor: Cursor) -> Option<Self> {
+        match cursor {
+            Cursor::Reading { ts_ms, seq } if time::RANGE_MS.contains(&ts_ms) => Some((from_ms(ts_ms), seq)),
+            _ => None,
         }
     }
 }

@@ -87,7 +87,7 @@ impl Clients {
     }
 
     /// A client of this session comes from `peer`; `holder` is the address of a connection that lives. The flag says that
-    /// a client which still mattered was forgotten.
+    /// a client which still mattered was forgotten, or this one found no room to be remembered as one that is refused.
     pub(crate) fn connects(
         &mut self,
         session: &SessionName,
@@ -116,7 +116,12 @@ impl Clients {
             (None, true) => self.damp(session, now),
             (None, false) => Verdict::Welcome,
         };
-        (verdict, forgot)
+        let is_noted = match verdict {
+            Verdict::Welcome => true,
+            Verdict::Flapping { .. } => self.flapping.contains_key(session),
+            Verdict::Conflict { .. } => self.fights.contains_key(session),
+        };
+        (verdict, forgot || !is_noted)
     }
 
     /// What a client is told that flaps already. One whose back-off is over comes in, but its next one is longer.
@@ -332,11 +337,10 @@ mod tests {
         assert!(!comes(&mut clients, "b", now).1);
         assert!(comes(&mut clients, "c", now).1, "one that mattered was forgotten");
         assert!(!comes(&mut clients, "d", now + 10 * SECOND).1, "these do not matter any more");
-        for name in ["a", "b", "c"] {
-            for _ in 0..4 {
-                comes(&mut clients, name, now + 20 * SECOND);
-            }
-        }
+        let mut flaps = |name| (0..4).map(|_| comes(&mut clients, name, now + 20 * SECOND)).last().unwrap();
+        assert!(!flaps("a").1 && !flaps("b").1);
+        let (verdict, is_told) = flaps("c");
+        assert!(matches!(verdict, Verdict::Flapping { .. }) && is_told, "refused, with no room to remember that");
         assert_eq!(clients.sweep(now + 20 * SECOND), (2, 0));
     }
 }

@@ -24,6 +24,8 @@ use crate::wire::{Connect, Outgoing, Packet};
 pub(crate) const MAX_LINES: usize = 1_000;
 /// The same in bytes.
 pub(crate) const MAX_BYTES: usize = 256 * 1024;
+/// Connections under which one trace can be asked for: the last ones.
+const MAX_NAMES: usize = 16;
 /// What a line costs beside its text.
 const LINE_BYTES: usize = 64;
 /// How long the lines of a trace that has ended may be read, in milliseconds.
@@ -64,7 +66,7 @@ impl Traces {
         let mut traces = self.by_session.lock();
         if let Some(trace) = traces.get(session) {
             trace.ends_ms.store(ends_ms, Ordering::Relaxed);
-            trace.inside.lock().asked_for.push_back(asked_for);
+            trace.inside.lock().ask_for(asked_for);
             return Ok(trace.clone());
         }
         if traces.len() >= self.most && !make_room(&mut traces, self.clock.now_ms()) {
@@ -146,6 +148,16 @@ struct Inside {
     bytes: usize,
     last_seq: i64,
     dropped: u64,
+}
+
+impl Inside {
+    fn ask_for(&mut self, id: ConnectionId) {
+        self.asked_for.retain(|known| *known != id);
+        if self.asked_for.len() == MAX_NAMES {
+            self.asked_for.pop_front();
+        }
+        self.asked_for.push_back(id);
+    }
 }
 
 impl Trace {
@@ -232,6 +244,20 @@ mod tests {
 
     fn texts(trace: &Trace, after: i64) -> Vec<String> {
         trace.lines(after, 10).lines.into_iter().map(|line| line.text).collect()
+    }
+
+    #[test]
+    fn a_trace_is_found_under_the_last_connections_it_was_asked_for() {
+        let (traces, _) = traces(1);
+        let session: SessionName = "main/d/c".into();
+        let ids: Vec<_> = (0..=MAX_NAMES).map(|_| ConnectionId::new()).collect();
+        for id in &ids {
+            for _ in 0..3 {
+                traces.start(&session, TENANT, *id, 1).unwrap();
+            }
+        }
+        assert!(traces.find(TENANT, ids[0], None).is_none(), "the first made room");
+        assert!(ids[1..].iter().all(|id| traces.find(TENANT, *id, None).is_some()));
     }
 
     #[test]

@@ -350,8 +350,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             if let Err(end) = self.work().await {
                 return end;
             }
-            if self.deadline() < timer.deadline() {
-                timer.as_mut().reset(self.deadline());
+            let due = self.deadline();
+            if due < timer.deadline() {
+                timer.as_mut().reset(due);
             }
             let reading = self.may_read();
             let event = tokio::select! {

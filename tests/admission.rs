@@ -181,6 +181,7 @@ async fn authentications_beyond_the_budget_are_told_that_the_server_is_busy() {
     assert!(answers.iter().all(|(code, wait)| [0x88, 0x89].contains(code) && wait.is_some()), "{answers:?}");
     assert!(hits(&fleet, "authentications").await > 0.5);
     assert!(hits(&fleet, "authentications").await < 4.5);
+    assert!(hits(&fleet, "authentication_timeout").await > 0.5, "those who had a place waited in vain");
     tx.rollback().await.expect("the database answers");
     knocker.insist().await;
     shows(&fleet, "muster_mqtt_authenticating", 0.0).await;

@@ -168,6 +168,39 @@ async fn a_full_queue_is_told_to_its_client_and_no_publisher_suffers() {
 }
 
 #[tokio::test]
+async fn what_has_waited_too_long_is_deleted_and_told() {
+    let fleet = Fleet::start_with(&[("MUSTER__SESSIONS__QUEUE_AGE_S", "1")]).await;
+    let kept = hello(&fleet, V5, "reader").kept();
+    let (mut reader, _) = connect(&fleet, kept.clone()).await;
+    reader.subscribe("app/main/#", 1).await;
+    reader.disconnect().await;
+    publisher(&fleet).await.publish(message(1, "old")).await;
+    let hits = || fleet.metric("muster_mqtt_limit_hits_total", "session_age");
+    fleet.eventually(hits, |hits| (hits - 1.0).abs() < 0.5).await;
+    let (mut reader, again) = connect(&fleet, kept).await;
+    assert!(again.present, "the session itself stays");
+    reader.is_quiet("its only message was too old").await;
+}
+
+#[tokio::test]
+async fn a_publisher_waits_while_the_store_has_no_room_and_nothing_is_lost() {
+    let fleet = Fleet::start_with(&[("MUSTER__SESSIONS__STORE_QUEUE_OPS", "1")]).await;
+    let (mut reader, _) = connect(&fleet, hello(&fleet, V5, "reader").kept()).await;
+    reader.subscribe("app/main/#", 1).await;
+    let mut publisher = publisher(&fleet).await;
+    let sent: Vec<_> = (0..100).map(|n| n.to_string()).collect();
+    for text in &sent {
+        let id = publisher.new_id();
+        publisher.send_publish(&message(1, text).id(id)).await;
+    }
+    for id in 1..=100 {
+        assert_eq!(publisher.ack(PUBACK, id).await.reason, 0);
+    }
+    assert!(fleet.metric("muster_mqtt_limit_hits_total", "store_queue").await > 0.5);
+    assert_eq!(texts(&reader.messages(sent.len()).await), sent);
+}
+
+#[tokio::test]
 async fn no_more_sessions_than_are_allowed_are_kept() {
     let fleet = Fleet::start_with(&[("MUSTER__SESSIONS__MAX", "1")]).await;
     let (first, _) = connect(&fleet, hello(&fleet, V5, "first").kept()).await;

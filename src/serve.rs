@@ -15,6 +15,7 @@ use clap::ValueEnum;
 use fleet_core::clock::Clock;
 use fleet_core::config::Config;
 use fleet_core::database::Database;
+use fleet_core::login_session;
 use fleet_core::retention;
 use fleet_core::token::Keys;
 use fleet_core::user::{self, FirstAdmin};
@@ -310,6 +311,7 @@ async fn sweep(db: &PgPool, config: &Config, clock: &Clock) -> fleet_core::Resul
     let mut db = db.acquire().await?;
     retention::ensure_partitions(&mut db, clock.now()).await?;
     let swept = retention::sweep(&mut db, &config.retention, clock.now()).await?;
-    tracing::debug!(?swept, "housekeeping done");
+    let logins = login_session::sweep(&mut db, clock.now()).await?;
+    tracing::debug!(?swept, logins, "housekeeping done");
     Ok(())
 }

@@ -182,6 +182,7 @@ impl From<Error> for Problem {
             Error::NoSuchDevice(_) => (404, "no-such-device"),
             Error::NoSuchCredential(_) => (404, "no-such-credential"),
             Error::NoSuchSession(_) => (404, "no-such-session"),
+            Error::NoSuchLoginSession(_) => (404, "no-such-login-session"),
             Error::NoBroker(_) => (503, "no-broker"),
             Error::DeviceExists(_) => (409, "device-exists"),
             Error::CertificateTaken => (409, "certificate-taken"),

@@ -197,6 +197,10 @@ pub struct Database {
 #[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
 pub struct Auth {
     pub access_token_s: u64,
+    pub session_idle_s: u64,
+    pub session_max_s: u64,
+    pub max_sessions: usize,
+    pub refresh_grace_s: u64,
     pub login_concurrency: usize,
     pub rotation_overlap_s: u64,
     pub max_users: usize,
@@ -433,6 +437,12 @@ impl Config {
             (self.mqtt.outbox_messages > 0, "mqtt.outbox_messages: expected at least 1"),
             (self.database.max_connections > 0, "database.max_connections: expected at least 1"),
             (self.auth.access_token_s > 0, "auth.access_token_s: expected at least 1"),
+            (
+                (self.auth.access_token_s..=self.auth.session_max_s).contains(&self.auth.session_idle_s),
+                "auth.session_idle_s: expected auth.access_token_s to auth.session_max_s",
+            ),
+            ((1..=1000).contains(&self.auth.max_sessions), "auth.max_sessions: expected 1 to 1000"),
+            (self.auth.refresh_grace_s <= 60, "auth.refresh_grace_s: expected 0 to 60"),
             (self.auth.login_concurrency > 0, "auth.login_concurrency: expected at least 1"),
             (self.retention.telemetry_days > 0, "retention.telemetry_days: expected at least 1"),
             (self.retention.dead_letter_days > 0, "retention.dead_letter_days: expected at least 1"),

@@ -160,7 +160,7 @@ pub async fn verify_many(
             tenant: row.tenant,
             tenant_id,
             who: Who::Device { key: row.device, id },
-            proof: Proof { credential: Some(row.credential), valid_until: row.expires_at },
+            proof: Proof { credential: Some(row.credential), valid_until: row.expires_at, session: None },
         })
     });
     Ok(principals.collect())
@@ -197,7 +197,7 @@ pub async fn of_certificate(
             tenant: row.tenant,
             tenant_id: row.tenant_id,
             who: Who::Device { key: row.device, id: row.device_id },
-            proof: Proof { credential: Some(row.credential), valid_until: row.expires_at },
+            proof: Proof { credential: Some(row.credential), valid_until: row.expires_at, session: None },
         })),
         None if is_vouched_for => of_name(db, shown).await,
         None => Ok(None),
@@ -223,7 +223,7 @@ async fn of_name(db: &mut PgConnection, shown: &Certificate) -> Result<Option<Pr
         tenant: row.tenant,
         tenant_id,
         who: Who::Device { key: row.device, id },
-        proof: Proof { credential: None, valid_until: Some(shown.not_after) },
+        proof: Proof { valid_until: Some(shown.not_after), ..Proof::default() },
     }))
 }
 
@@ -685,7 +685,7 @@ mod tests {
         }
         let mut conn = db.pool().acquire().await.unwrap();
         let found = of_certificate(&mut conn, &mine, true, now).await.unwrap().unwrap();
-        assert_eq!(found.proof, Proof { credential: None, valid_until: Some(mine.not_after) });
+        assert_eq!(found.proof, Proof { valid_until: Some(mine.not_after), ..Proof::default() });
         let patch = Patch { disabled: Some(true), ..Patch::default() };
         device::update(&mut conn, db.tenant(), &boiler(), &patch, &[], now).await.unwrap();
         assert_eq!(who(&db, &mine, true, now).await, None, "disabled");

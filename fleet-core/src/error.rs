@@ -1,7 +1,7 @@
 //! The one error of this crate. The doors translate it: `api/src/problem.rs` to a status code,
 //! the broker to a reason code.
 
-use crate::id::{ApiKeyId, BadId, CredentialId, DeviceId, RoleId, SessionId, UserId};
+use crate::id::{ApiKeyId, BadId, CredentialId, DeviceId, LoginSessionId, RoleId, SessionId, UserId};
 use crate::topic_rule::BadRule;
 
 /// What can go wrong with a fleet. The texts are for the caller and say what was expected.
@@ -35,6 +35,9 @@ pub enum Error {
     /// No such session in the caller's tenant.
     #[error("session {0} does not exist, or has ended")]
     NoSuchSession(SessionId),
+    /// No such login session of this user.
+    #[error("login session {0} does not exist, or has ended")]
+    NoSuchLoginSession(LoginSessionId),
     /// Two are valid already.
     #[error("device {0} has two valid credentials already: revoke one first, or rotate")]
     TooManyCredentials(DeviceId),

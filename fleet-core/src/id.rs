@@ -186,6 +186,7 @@ id!(DeadLetterId, "dlq", "dead letter");
 id!(ConnectionId, "con", "connection of a client");
 id!(ConnectionEventId, "cev", "connection event");
 id!(SessionId, "ses", "session");
+id!(LoginSessionId, "lgs", "login session");
 
 #[cfg(test)]
 mod tests {

@@ -11,6 +11,7 @@
 //! | the newest value of each metric, and gaps in sequence numbers | [`latest`] |
 //! | payloads that could not be read | [`dead_letter`] |
 //! | people, their passwords and access tokens | [`user`], [`token`] |
+//! | logins and their refresh tokens | [`login_session`] |
 //! | secrets of programs | [`api_key`] |
 //! | permissions, and who may do what | [`policy`] |
 //! | roles that people make | [`role`] |
@@ -40,6 +41,7 @@ mod filter_set;
 pub mod id;
 pub mod idempotency;
 pub mod latest;
+pub mod login_session;
 pub mod policy;
 pub mod postgres;
 pub mod retained;

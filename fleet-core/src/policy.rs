@@ -7,7 +7,7 @@ use std::sync::{Arc, LazyLock};
 
 use chrono::{DateTime, Utc};
 
-use crate::id::{ApiKeyId, CredentialId, DeviceId, DeviceKey, RoleId, TenantId, TenantKey, UserId};
+use crate::id::{ApiKeyId, CredentialId, DeviceId, DeviceKey, LoginSessionId, RoleId, TenantId, TenantKey, UserId};
 use crate::topic_rule::{Action, Effect, Reach, RuleSet, TopicRule};
 pub use crate::topic_rule::{Guard, TopicRules};
 
@@ -155,6 +155,8 @@ pub struct Principal {
 pub struct Proof {
     /// The device's credential, when that has a row; it ends the connection when it is revoked.
     pub credential: Option<CredentialId>,
+    /// The login that an access token belongs to; the proof ends with it.
+    pub session: Option<LoginSessionId>,
     /// The proof is worth nothing from then on; `None`: until somebody ends it.
     pub valid_until: Option<DateTime<Utc>>,
 }

@@ -14,13 +14,15 @@ use serde::{Deserialize, Serialize};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use crate::api_key;
 use crate::clock::Clock;
 use crate::config::Secret;
 use crate::error::{Error, Result};
-use crate::id::UserId;
+use crate::id::{LoginSessionId, UserId};
+use crate::login_session::LoginSession;
 use crate::policy::{Principal, Proof};
 use crate::role::Roles;
-use crate::{api_key, standing};
+use crate::standing::{self, Asked, Standing};
 
 /// Longest token that is looked at, in bytes.
 pub const MAX_TOKEN_BYTES: usize = 4096;
@@ -59,6 +61,8 @@ struct Claims {
     iss: String,
     aud: String,
     sub: UserId,
+    /// The login, which the token ends with.
+    sid: LoginSessionId,
     iat: i64,
     exp: i64,
 }
@@ -79,25 +83,27 @@ impl Keys {
         &self.roles
     }
 
-    /// A token for a user, valid from now on.
-    pub fn sign(&self, user: UserId) -> Result<AccessToken> {
+    /// A token of a login, valid from now on and not longer than that may be.
+    pub fn sign(&self, session: &LoginSession) -> Result<AccessToken> {
         let now = self.clock.now();
+        let expires_at = session.expires_at.min(now + self.lifetime);
         let claims = Claims {
             iss: ISSUER.into(),
             aud: AUDIENCE.into(),
-            sub: user,
+            sub: session.user,
+            sid: session.id,
             iat: now.timestamp(),
-            exp: (now + self.lifetime).timestamp(),
+            exp: expires_at.timestamp(),
         };
         let ring = self.ring.read();
         let header = Header { kid: Some(ring.kid.clone()), ..Header::new(Algorithm::EdDSA) };
         let token = jsonwebtoken::encode(&header, &claims, &ring.signing)
             .map_err(|e| Error::Internal(format!("signing a token: {e}")))?;
-        Ok(AccessToken { token: token.into(), expires_in_s: self.lifetime.num_seconds().unsigned_abs() })
+        Ok(AccessToken { token: token.into(), expires_in_s: (expires_at - now).num_seconds().unsigned_abs() })
     }
 
-    /// The user a token names and until when, when it is one of ours and has not expired.
-    async fn user(&self, db: &mut PgConnection, token: &str, now: DateTime<Utc>) -> Result<(UserId, DateTime<Utc>)> {
+    /// What a token says, and until when, when it is one of ours and has not expired.
+    async fn claims(&self, db: &mut PgConnection, token: &str, now: DateTime<Utc>) -> Result<(Claims, DateTime<Utc>)> {
         if token.len() > MAX_TOKEN_BYTES {
             return Err(Error::BadToken("too long"));
         }
@@ -109,7 +115,7 @@ impl Keys {
             .claims;
         let expires_at =
             DateTime::from_timestamp(claims.exp, 0).ok_or(Error::BadToken("not a token of this server"))?;
-        if now >= expires_at { Err(Error::BadToken("expired")) } else { Ok((claims.sub, expires_at)) }
+        if now >= expires_at { Err(Error::BadToken("expired")) } else { Ok((claims, expires_at)) }
     }
 
     async fn key(&self, db: &mut PgConnection, kid: &str, now: DateTime<Utc>) -> Result<Option<DecodingKey>> {
@@ -146,12 +152,16 @@ pub async fn principal(db: &mut PgConnection, keys: &Keys, bearer: &str, now: Da
     if bearer.starts_with(api_key::PREFIX) {
         let refused = Error::BadToken("no API key, or one that has ended");
         let Some((user, key)) = api_key::shown(db, bearer).await? else { return Err(refused) };
-        return standing::of(db, &keys.roles, user, Some(key), now).await?.principal().ok_or(refused);
+        let asked = Asked { user, key: Some(key), session: None };
+        return standing::of(db, &keys.roles, asked, now).await?.principal().ok_or(refused);
     }
-    let (user, expires_at) = keys.user(db, bearer, now).await?;
-    let found = standing::of(db, &keys.roles, user, None, now).await?.principal();
-    let found = found.ok_or(Error::BadToken("its user is gone or disabled"))?;
-    Ok(Principal { proof: Proof { credential: None, valid_until: Some(expires_at) }, ..found })
+    let (claims, expires_at) = keys.claims(db, bearer, now).await?;
+    let asked = Asked { user: claims.sub, key: None, session: Some(claims.sid) };
+    let found = match standing::of(db, &keys.roles, asked, now).await? {
+        Standing::SessionEnded => return Err(Error::BadToken("its login has ended")),
+        standing => standing.principal().ok_or(Error::BadToken("its user is gone or disabled"))?,
+    };
+    Ok(Principal { proof: Proof { valid_until: Some(expires_at), ..found.proof }, ..found })
 }
 
 /// Makes a key unless there is one. Two processes may both make theirs; both keys are then accepted everywhere.
@@ -209,6 +219,8 @@ mod tests {
 
     use super::*;
     use crate::clock::from_ms;
+    use crate::config::{Config, Environment};
+    use crate::login_session::{self, Method, Origin};
     use crate::policy::{Role, Who};
     use crate::testing::TestDb;
     use crate::user;
@@ -219,9 +231,15 @@ mod tests {
         db.pool().acquire().await.unwrap()
     }
 
-    async fn admin(pool: &PgPool, clock: &Clock) -> UserId {
-        user::ensure_admin(&mut pool.acquire().await.unwrap(), None, None, clock).await.unwrap();
-        sqlx::query_scalar!(r#"select id as "id: UserId" from app_user"#).fetch_one(pool).await.unwrap()
+    /// A login of the administrator.
+    async fn admin(pool: &PgPool, clock: &Clock) -> LoginSession {
+        let mut conn = pool.acquire().await.unwrap();
+        user::ensure_admin(&mut conn, None, None, clock).await.unwrap();
+        let user = sqlx::query_scalar!(r#"select id as "id: UserId" from app_user"#).fetch_one(pool).await.unwrap();
+        let config = Config::from_sources(&Environment::default(), Some(HashMap::new())).unwrap();
+        let from = Origin::default();
+        let begun = login_session::begin(&mut conn, user, Method::Password, &from, &config.auth, clock.now());
+        begun.await.unwrap().0
     }
 
     async fn refusal(db: &TestDb, keys: &Keys, token: &str, now: DateTime<Utc>) -> &'static str {
@@ -241,13 +259,13 @@ mod tests {
     async fn a_token_proves_its_user_until_it_expires() {
         let db = TestDb::new().await;
         let clock = Clock::fixed(from_ms(NOON));
-        let user = admin(db.pool(), &clock).await;
+        let login = admin(db.pool(), &clock).await;
         let keys = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
-        let issued = keys.sign(user).unwrap();
+        let issued = keys.sign(&login).unwrap();
         assert_eq!(issued.expires_in_s, 900);
         let token = issued.token.expose();
         let found = principal(&mut *conn(&db).await, &keys, token, from_ms(NOON + 899_000)).await.unwrap();
-        assert_eq!(found.who, Who::User { id: user, key: None, role: Some(Role::Admin), platform: true });
+        assert_eq!(found.who, Who::User { id: login.user, key: None, role: Some(Role::Admin), platform: true });
         assert_eq!(found.tenant, db.tenant());
         assert_eq!(refusal(&db, &keys, token, from_ms(NOON + 900_000)).await, "expired");
     }
@@ -256,14 +274,15 @@ mod tests {
     async fn what_we_did_not_sign_is_refused() {
         let db = TestDb::new().await;
         let clock = Clock::fixed(from_ms(NOON));
-        let user = admin(db.pool(), &clock).await;
+        let login = admin(db.pool(), &clock).await;
         let keys = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
-        let token = keys.sign(user).unwrap().token.expose().to_owned();
+        let token = keys.sign(&login).unwrap().token.expose().to_owned();
         let kid = keys.ring.read().kid.clone();
         let claims = |aud: &str| Claims {
             iss: ISSUER.into(),
             aud: aud.into(),
-            sub: user,
+            sub: login.user,
+            sid: login.id,
             iat: NOON / 1000,
             exp: NOON / 1000 + 900,
         };
@@ -307,12 +326,12 @@ mod tests {
     async fn a_disabled_or_deleted_user_is_out_at_once() {
         let db = TestDb::new().await;
         let clock = Clock::fixed(from_ms(NOON));
-        let user = admin(db.pool(), &clock).await;
+        let login = admin(db.pool(), &clock).await;
         let keys = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
-        let token = keys.sign(user).unwrap().token;
+        let token = keys.sign(&login).unwrap().token;
         sqlx::query!("update app_user set role = null").execute(db.pool()).await.unwrap();
         let found = principal(&mut *conn(&db).await, &keys, token.expose(), clock.now()).await.unwrap();
-        assert_eq!(found.who, Who::User { id: user, key: None, role: None, platform: true });
+        assert_eq!(found.who, Who::User { id: login.user, key: None, role: None, platform: true });
         sqlx::query!("update app_user set disabled = true").execute(db.pool()).await.unwrap();
         assert_eq!(refusal(&db, &keys, token.expose(), clock.now()).await, "its user is gone or disabled");
         sqlx::query!("delete from app_user").execute(db.pool()).await.unwrap();
@@ -320,16 +339,32 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_token_ends_with_its_login() {
+        let db = TestDb::new().await;
+        let clock = Clock::fixed(from_ms(NOON));
+        let login = admin(db.pool(), &clock).await;
+        let keys = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
+        let token = keys.sign(&login).unwrap().token;
+        let found = principal(&mut *conn(&db).await, &keys, token.expose(), clock.now()).await.unwrap();
+        assert_eq!(found.proof.session, Some(login.id));
+        login_session::end(&mut *conn(&db).await, login.user, login.id).await.unwrap();
+        assert_eq!(refusal(&db, &keys, token.expose(), clock.now()).await, "its login has ended");
+        // A login that may not live as long as a token bounds the token.
+        let short = LoginSession { expires_at: from_ms(NOON + 60_000), ..login };
+        assert_eq!(keys.sign(&short).unwrap().expires_in_s, 60);
+    }
+
+    #[tokio::test]
     async fn processes_that_start_together_accept_each_others_tokens() {
         let db = TestDb::new().await;
         let clock = Clock::fixed(from_ms(NOON));
-        let user = admin(db.pool(), &clock).await;
+        let login = admin(db.pool(), &clock).await;
         let start = || async { Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap() };
         let (one, two) = tokio::join!(start(), start());
         // A process that does not know the other's key yet reads the keys again, at most once a second.
         let later = from_ms(NOON + 1000);
         for (signer, verifier) in [(&one, &two), (&two, &one)] {
-            let token = signer.sign(user).unwrap().token;
+            let token = signer.sign(&login).unwrap().token;
             principal(&mut *conn(&db).await, verifier, token.expose(), later).await.unwrap();
         }
     }
@@ -338,9 +373,9 @@ mod tests {
     async fn a_retired_key_verifies_what_it_signed_and_signs_no_more() {
         let db = TestDb::new().await;
         let clock = Clock::fixed(from_ms(NOON));
-        let user = admin(db.pool(), &clock).await;
+        let login = admin(db.pool(), &clock).await;
         let old = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
-        let token = old.sign(user).unwrap().token;
+        let token = old.sign(&login).unwrap().token;
         sqlx::query!("update signing_key set retired_at = $1", clock.now()).execute(db.pool()).await.unwrap();
         let new = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
         assert_ne!(old.ring.read().kid, new.ring.read().kid);

@@ -2,6 +2,7 @@
 
 use axum::extract::State;
 use fleet_core::config::Secret;
+use fleet_core::login_session::{self, Method, Origin};
 use fleet_core::policy::Permission;
 use fleet_core::{Error, user};
 use serde::{Deserialize, Serialize};
@@ -49,7 +50,11 @@ pub(crate) async fn login(State(app): State<App>, Json(login): Json<Login>) -> R
             app.metrics.logins_busy.inc();
         }
     })?;
-    let token = app.keys.sign(user.id)?;
+    let mut tx = app.begin().await?;
+    let from = Origin::default();
+    let begun = login_session::begin(&mut tx, user.id, Method::Password, &from, &app.auth, app.clock.now()).await?;
+    tx.commit().await?;
+    let token = app.keys.sign(&begun.0)?;
     let access_token = token.token.expose().to_owned();
     Ok(Json(LoggedIn { access_token, token_type: "Bearer", expires_in: token.expires_in_s }))
 }

@@ -1,7 +1,6 @@
 //! Who may call what.
 
 use fleet_core::clock::from_ms;
-use fleet_core::id::UserId;
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use serde_json::{Value, json};
 
@@ -66,7 +65,8 @@ async fn a_token_that_is_not_ours_opens_nothing() {
     let symmetric = EncodingKey::from_secret(kid.as_bytes());
     let header = Header { kid: Some(kid), ..Header::new(Algorithm::HS256) };
     let confused = jsonwebtoken::encode(&header, &claims, &symmetric).unwrap();
-    let stranger = api.keys.sign(UserId::new()).unwrap().token.expose().to_owned();
+    let (gone, stranger) = api.nobody().await;
+    sqlx::query("delete from app_user where id = $1").bind(gone.uuid()).execute(api.db.pool()).await.unwrap();
     let none = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJ4In0.";
     for token in ["x", "a.b.c", none, &confused, &stranger, &"x".repeat(10_000)] {
         let asked = api.anonymous("GET", "/api/v1/me").header("authorization", &format!("Bearer {token}"));
@@ -81,7 +81,7 @@ async fn a_token_that_is_not_ours_opens_nothing() {
 #[tokio::test]
 async fn a_token_ends_with_its_time() {
     let api = Api::start().await;
-    let token = api.keys.sign(api.admin).unwrap().token.expose().to_owned();
+    let token = api.token_of(api.admin).await;
     let ask = || api.anonymous("GET", "/api/v1/me").header("authorization", &format!("Bearer {token}")).send();
     api.clock.set(from_ms(NOON_MS + 899_000));
     ask().await.expect(200);

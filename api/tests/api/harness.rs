@@ -11,6 +11,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use fleet_core::clock::{Clock, from_ms};
 use fleet_core::config::{Config, Environment, Secret};
 use fleet_core::id::UserId;
+use fleet_core::login_session::{self, Method, Origin};
 use fleet_core::testing::TestDb;
 use fleet_core::token::Keys;
 use fleet_core::user;
@@ -60,7 +61,7 @@ impl Api {
         let keys = Keys::load(&mut conn, clock.clone(), config.auth.access_token_s).await.unwrap();
         drop(conn);
         let keys = Arc::new(keys);
-        let token = keys.sign(admin).unwrap().token.expose().to_owned();
+        let token = sign(&db, &keys, &clock, admin).await;
         let (pool, registry) = (db.pool().clone(), Registry::new());
         let app = App::new(pool, clock.clone(), keys.clone(), registry, config.http, config.auth, health).unwrap();
         Self { router: api::router(app), db, clock, keys, admin, token }
@@ -137,7 +138,12 @@ impl Api {
         .execute(self.db.pool())
         .await
         .unwrap();
-        (id, self.keys.sign(id).unwrap().token.expose().to_owned())
+        (id, self.token_of(id).await)
+    }
+
+    /// An access token of a user, of a login of its own.
+    pub(crate) async fn token_of(&self, user: UserId) -> String {
+        sign(&self.db, &self.keys, &self.clock, user).await
     }
 
     /// A token of a user without a role.
@@ -151,6 +157,13 @@ impl Api {
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
         line.unwrap_or(0.0)
     }
+}
+
+async fn sign(db: &TestDb, keys: &Keys, clock: &Clock, user: UserId) -> String {
+    let (from, auth) = (Origin::default(), Setup::default().config.auth);
+    let mut db = db.pool().acquire().await.unwrap();
+    let begun = login_session::begin(&mut db, user, Method::Password, &from, &auth, clock.now()).await.unwrap();
+    keys.sign(&begun.0).unwrap().token.expose().to_owned()
 }
 
 pub(crate) struct Ask<'a> {

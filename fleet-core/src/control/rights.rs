@@ -8,7 +8,7 @@ use crate::Result;
 use crate::id::CredentialId;
 use crate::policy::{Principal, Who};
 use crate::role::Roles;
-use crate::standing::{self, Standing};
+use crate::standing::{self, Asked, Standing};
 
 /// Why a principal may not stay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub enum Ended {
     UserDisabled,
     /// Its API key exists no more.
     KeyDeleted,
+    /// Its login has ended.
+    SessionEnded,
 }
 
 impl Ended {
@@ -37,6 +39,7 @@ impl Ended {
             Self::UserDeleted => "the user was deleted",
             Self::UserDisabled => "the user was disabled",
             Self::KeyDeleted => "the API key was deleted",
+            Self::SessionEnded => "the login has ended",
         }
     }
 
@@ -130,7 +133,7 @@ async fn users(
     for (place, principal) in principals.iter().enumerate() {
         if let Who::User { id, key, .. } = &principal.who {
             places.push(place);
-            asked.push((*id, *key));
+            asked.push(Asked { user: *id, key: *key, session: principal.proof.session });
         }
     }
     let standings = standing::of_many(db, roles, &asked, now).await?;
@@ -144,6 +147,7 @@ fn judge(principal: &Principal, now: Standing) -> Option<Verdict> {
         Standing::UserDisabled => Some(Verdict::Ended(Ended::UserDisabled)),
         Standing::KeyDeleted => Some(Verdict::Ended(Ended::KeyDeleted)),
         Standing::KeyEnded => Some(Verdict::Ended(Ended::CredentialEnded)),
+        Standing::SessionEnded => Some(Verdict::Ended(Ended::SessionEnded)),
         // The proof is what the connection came by.
         Standing::Stands(now) => {
             (now.who != principal.who).then(|| Verdict::Changed(Principal { who: now.who, ..principal.clone() }))

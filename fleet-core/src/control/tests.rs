@@ -113,7 +113,7 @@ async fn a_connection_ends_with_the_credential_it_came_by_and_no_other() {
     let known = Principal { proof: Proof { valid_until: Some(until), ..principal.proof }, ..principal.clone() };
     assert_eq!(verdict(&db, &known, from_ms(NOON)).await, None, "nothing new");
     assert_eq!(verdict(&db, &principal, until).await, Some(Verdict::Ended(Ended::CredentialEnded)), "it expired");
-    let proof = Proof { credential: Some(second.id), valid_until: None };
+    let proof = Proof { credential: Some(second.id), ..Proof::default() };
     let renewed = Principal { proof, ..principal.clone() };
     assert_eq!(verdict(&db, &renewed, from_ms(NOON)).await, None);
     credential::rotate(&mut conn, db.tenant(), &boiler(), 0, from_ms(NOON)).await.unwrap();

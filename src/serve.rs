@@ -239,15 +239,7 @@ fn start_http(
         }),
         None => Health::new(),
     };
-    let app = App::new(
-        database.pool().clone(),
-        clock.clone(),
-        keys,
-        registry.clone(),
-        config.http.clone(),
-        config.auth.clone(),
-        health,
-    )?;
+    let app = App::new(database.pool().clone(), clock.clone(), keys, registry.clone(), config, health)?;
     let address = listener.local_addr()?;
     let listener = listener.tap_io(|socket| {
         // What a client is told is small and must not wait for more.

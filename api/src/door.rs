@@ -144,7 +144,7 @@ mod tests {
         let mut conn = db.pool().acquire().await.unwrap();
         let keys = Arc::new(Keys::load(&mut conn, Clock::system(), 900).await.unwrap());
         let (pool, registry) = (db.pool().clone(), Registry::new());
-        App::new(pool, Clock::system(), keys, registry, config.http, config.auth, Health::new()).unwrap()
+        App::new(pool, Clock::system(), keys, registry, &config, Health::new()).unwrap()
     }
 
     #[tokio::test]

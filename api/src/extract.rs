@@ -6,7 +6,7 @@ use std::str::FromStr;
 use axum::body::Bytes;
 use axum::extract::path::ErrorKind;
 use axum::extract::rejection::PathRejection;
-use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -43,6 +43,14 @@ impl Caller {
     /// In whose name access is managed.
     pub(crate) fn manager(&self) -> Manager {
         self.principal.manager()
+    }
+
+    /// Refuses a caller who does not hold this permission as well.
+    pub(crate) fn needs(&self, permission: Permission) -> Result<(), Problem> {
+        if self.principal.may(permission) {
+            return Ok(());
+        }
+        Err(Problem::new(403, "forbidden", format!("this needs the permission {}", permission.name())))
     }
 
     pub(crate) fn permissions(&self) -> Vec<Permission> {
@@ -118,10 +126,8 @@ impl<R: Right> FromRequestParts<App> for Can<R> {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
         let caller = Caller::from_request_parts(parts, app).await?;
-        if caller.principal.may(R::PERMISSION) {
-            return Ok(Self { caller, right: PhantomData });
-        }
-        Err(Problem::new(403, "forbidden", format!("this needs the permission {}", R::PERMISSION.name())))
+        caller.needs(R::PERMISSION)?;
+        Ok(Self { caller, right: PhantomData })
     }
 }
 
@@ -133,7 +139,7 @@ impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
         expect_type(request.headers(), &["application/json"])?;
-        parsed(&body(request, app).await?).map(Self)
+        parsed(&body(request, app, app.http.max_body_bytes).await?).map(Self)
     }
 }
 
@@ -154,7 +160,7 @@ impl<T: DeserializeOwned + Default> FromRequest<App> for MaybeJson<T> {
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
         let headers = request.headers().clone();
-        let body = body(request, app).await?;
+        let body = body(request, app, app.http.max_body_bytes).await?;
         if body.is_empty() {
             return Ok(Self(T::default()));
         }
@@ -171,7 +177,7 @@ impl<T: DeserializeOwned> FromRequest<App> for MergePatch<T> {
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
         expect_type(request.headers(), &["application/merge-patch+json", "application/json"])?;
-        parsed(&body(request, app).await?).map(Self)
+        parsed(&body(request, app, app.http.max_body_bytes).await?).map(Self)
     }
 }
 
@@ -188,24 +194,36 @@ pub(crate) fn not_null<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deseriali
     T::deserialize(deserializer).map(Some)
 }
 
-async fn body(request: Request, app: &App) -> Result<Bytes, Problem> {
+/// The body, when it has at most so many bytes.
+pub(crate) async fn body(mut request: Request, app: &App, most: usize) -> Result<Bytes, Problem> {
+    DefaultBodyLimit::max(most).apply(&mut request);
     Bytes::from_request(request, app).await.map_err(|refused| match refused.status() {
         StatusCode::PAYLOAD_TOO_LARGE => {
-            let detail = format!("the body is too large: expected at most {} bytes", app.http.max_body_bytes);
-            Problem::new(413, "body-too-large", detail)
+            Problem::new(413, "body-too-large", format!("the body is too large: expected at most {most} bytes"))
         }
         _ => Problem::new(400, "bad-request", "the body ended before it was complete"),
     })
 }
 
-fn expect_type(headers: &HeaderMap, expected: &[&str]) -> Result<(), Problem> {
+/// The one of these types that the body is of.
+pub(crate) fn expect_type<'a>(headers: &HeaderMap, expected: &[&'a str]) -> Result<&'a str, Problem> {
     let given = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let essence = given.split(';').next().unwrap_or_default().trim();
-    if expected.iter().any(|expected| essence.eq_ignore_ascii_case(expected)) {
-        return Ok(());
-    }
-    let detail = format!("expected Content-Type: {}", expected.join(" or "));
-    Err(Problem::new(415, "unsupported-media-type", detail))
+    let found = expected.iter().find(|expected| essence.eq_ignore_ascii_case(expected));
+    found.copied().ok_or_else(|| {
+        let detail = format!("expected Content-Type: {}", expected.join(" or "));
+        Problem::new(415, "unsupported-media-type", detail)
+    })
+}
+
+/// Whether the caller wants CSV; whoever takes JSON too gets JSON.
+pub(crate) fn wants_csv(headers: &HeaderMap) -> bool {
+    let accept = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect::<Vec<_>>();
+    let takes = |wanted: &str| {
+        let mut kinds = accept.iter().flat_map(|value| value.split(','));
+        kinds.any(|kind| kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case(wanted)))
+    };
+    takes("text/csv") && !takes("application/json")
 }
 
 fn parsed<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {

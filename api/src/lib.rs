@@ -26,8 +26,8 @@ pub use state::{App, Health};
 
 use problem::Problem;
 use routes::{
-    api_keys, auth, connections, credentials, dead_letters, devices, docs, operations, roles, sessions, telemetry,
-    users,
+    api_keys, auth, connections, credentials, dead_letters, devices, docs, import, operations, roles, sessions,
+    telemetry, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -36,6 +36,7 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(auth::login))
         .routes(routes!(auth::me))
         .routes(routes!(devices::enrol, devices::list))
+        .routes(routes!(import::import))
         .routes(routes!(devices::read, devices::change, devices::delete))
         .routes(routes!(credentials::issue, credentials::list))
         .routes(routes!(credentials::rotate))

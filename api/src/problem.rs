@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 /// The media type of a problem.
 pub(crate) const MEDIA_TYPE: &str = "application/problem+json";
 /// Types of problems that say a bound was hit.
-pub(crate) const BOUNDS: [&str; 9] = [
+pub(crate) const BOUNDS: [&str; 10] = [
     "body-too-large",
     "busy",
     "timeout",
@@ -23,6 +23,7 @@ pub(crate) const BOUNDS: [&str; 9] = [
     "too-many-buckets",
     "too-many-traces",
     "too-many",
+    "too-many-rows",
 ];
 /// When to come back after a 429 or 503, in seconds.
 const RETRY_AFTER_S: u32 = 1;
@@ -38,6 +39,20 @@ pub(crate) struct Problem {
     pub(crate) kind: &'static str,
     detail: String,
     errors: Vec<FieldError>,
+    lines: Vec<LineError>,
+}
+
+/// What is wrong with one row of a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub(crate) struct LineError {
+    /// Where it stands: the line, in a JSON array the place, from 1.
+    #[schema(example = 3)]
+    pub(crate) line: u64,
+    /// The device's id as it was given; null when there is none.
+    #[schema(example = "boiler 1")]
+    pub(crate) id: Option<String>,
+    /// What was expected.
+    pub(crate) error: String,
 }
 
 /// What is wrong with one field or parameter.
@@ -70,12 +85,15 @@ pub(crate) struct Document<'a> {
     /// The fields at fault, if any.
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     errors: &'a [FieldError],
+    /// The rows at fault of a file, at most 100.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    lines: &'a [LineError],
 }
 
 impl Problem {
     pub(crate) fn new(status: u16, kind: &'static str, detail: impl Into<String>) -> Self {
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        Self { status, kind, detail: detail.into(), errors: Vec::new() }
+        Self { status, kind, detail: detail.into(), errors: Vec::new(), lines: Vec::new() }
     }
 
     /// 400 about one field or parameter.
@@ -88,6 +106,11 @@ impl Problem {
     pub(crate) fn fields(errors: Vec<FieldError>) -> Self {
         let said = errors.iter().map(|error| format!("{}: {}", error.field, error.detail)).collect::<Vec<_>>();
         Self { errors, ..Self::new(400, "invalid", said.join("; ")) }
+    }
+
+    /// 422 about rows of a file, some of which are told.
+    pub(crate) fn lines(detail: String, lines: Vec<LineError>) -> Self {
+        Self { lines, ..Self::new(422, "import-refused", detail) }
     }
 
     /// 500: logged here, once; the caller gets a request id.
@@ -140,6 +163,7 @@ impl Problem {
             instance,
             request_id,
             errors: &self.errors,
+            lines: &self.lines,
         }
     }
 }

@@ -7,6 +7,7 @@ pub(crate) mod credentials;
 pub(crate) mod dead_letters;
 pub(crate) mod devices;
 pub(crate) mod docs;
+pub(crate) mod import;
 pub(crate) mod operations;
 pub(crate) mod roles;
 pub(crate) mod sessions;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fleet_core::clock::Clock;
-use fleet_core::config::{Auth, Http};
+use fleet_core::config::{Auth, Config, Http, Provisioning};
 use fleet_core::control::{self, Answers, Request};
 use fleet_core::token::Keys;
 use fleet_core::user::Logins;
@@ -32,6 +32,7 @@ pub struct App {
     pub(crate) health: Health,
     pub(crate) http: Arc<Http>,
     pub(crate) auth: Arc<Auth>,
+    pub(crate) provisioning: Arc<Provisioning>,
 }
 
 impl App {
@@ -44,14 +45,14 @@ impl App {
         clock: Clock,
         keys: Arc<Keys>,
         registry: Registry,
-        http: Http,
-        auth: Auth,
+        config: &Config,
         health: Health,
     ) -> Result<Self, prometheus::Error> {
         let metrics = Metrics::register(&registry)?;
-        let logins = Logins::new(auth.login_concurrency);
-        let (http, auth) = (Arc::new(http), Arc::new(auth));
-        Ok(Self { db, clock, keys, logins, registry, metrics, health, http, auth })
+        let logins = Logins::new(config.auth.login_concurrency);
+        let (http, auth) = (Arc::new(config.http.clone()), Arc::new(config.auth.clone()));
+        let provisioning = Arc::new(config.provisioning.clone());
+        Ok(Self { db, clock, keys, logins, registry, metrics, health, http, auth, provisioning })
     }
 
     /// A transaction whose statements end when the request does: else each search that was given up would keep a

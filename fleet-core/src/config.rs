@@ -29,6 +29,7 @@ pub struct Config {
     pub ingest: Ingest,
     pub database: Database,
     pub auth: Auth,
+    pub provisioning: Provisioning,
     pub retention: Retention,
     pub log: Log,
 }
@@ -208,6 +209,16 @@ pub struct Auth {
     pub max_topic_rules: usize,
     pub max_api_keys: usize,
     pub max_api_key_s: u64,
+}
+
+/// `[provisioning]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Provisioning {
+    pub max_import_rows: usize,
+    pub max_import_bytes: usize,
+    pub max_children: usize,
 }
 
 /// `[retention]`
@@ -444,6 +455,10 @@ impl Config {
             ((1..=1000).contains(&self.auth.max_sessions), "auth.max_sessions: expected 1 to 1000"),
             (self.auth.refresh_grace_s <= 60, "auth.refresh_grace_s: expected 0 to 60"),
             (self.auth.login_concurrency > 0, "auth.login_concurrency: expected at least 1"),
+            (
+                (1..=100_000).contains(&self.provisioning.max_import_rows),
+                "provisioning.max_import_rows: expected 1 to 100000",
+            ),
             (self.retention.telemetry_days > 0, "retention.telemetry_days: expected at least 1"),
             (self.retention.dead_letter_days > 0, "retention.dead_letter_days: expected at least 1"),
             (self.retention.connection_event_days > 0, "retention.connection_event_days: expected at least 1"),

@@ -5,6 +5,7 @@
 //! | names and keys: tenant, device, credential, user, session | [`id`] |
 //! | the topic grammar | [`topic`] |
 //! | a device, its lifecycle and labels | [`device`] |
+//! | many devices at once, from a file | [`import`] |
 //! | a device's tokens and certificates | [`credential`], [`certificate`] |
 //! | online, lost, last seen | [`status`] |
 //! | readings: decode, insert, series | [`telemetry`] |
@@ -40,6 +41,7 @@ pub mod error;
 mod filter_set;
 pub mod id;
 pub mod idempotency;
+pub mod import;
 pub mod latest;
 pub mod login_session;
 pub mod policy;

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 use sqlx::PgConnection;
 use utoipa::{IntoParams, ToSchema};
 
-use crate::extract::{Can, FromQuery, Json, Params, Path, Query, TelemetryRead};
+use crate::extract::{Can, FromQuery, Json, Params, Path, Query, TelemetryRead, wants_csv};
 use crate::page::{Cursor, Key, Page, behind};
 use crate::problem::{Document, Problem};
 use crate::state::App;
@@ -277,16 +277,6 @@ async fn first(db: &mut PgConnection, device: DeviceKey, to: DateTime<Utc>) -> R
     let from = from_ms(*time::RANGE_MS.start());
     let query = telemetry::Query { device, metric: None, from, to, order: Order::Asc, limit: 1, after: None };
     Ok(telemetry::points(db, &query).await?.first().map_or(to, |point| point.ts))
-}
-
-fn wants_csv(headers: &HeaderMap) -> bool {
-    let accept = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect::<Vec<_>>();
-    let takes = |wanted: &str| {
-        let mut kinds = accept.iter().flat_map(|value| value.split(','));
-        kinds.any(|kind| kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case(wanted)))
-    };
-    // Whoever takes JSON too gets JSON.
-    takes("text/csv") && !takes("application/json")
 }
 
 /// Readings whole become a line for each value, so that the columns do not depend on the data.

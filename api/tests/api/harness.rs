@@ -63,7 +63,7 @@ impl Api {
         let keys = Arc::new(keys);
         let token = sign(&db, &keys, &clock, admin).await;
         let (pool, registry) = (db.pool().clone(), Registry::new());
-        let app = App::new(pool, clock.clone(), keys.clone(), registry, config.http, config.auth, health).unwrap();
+        let app = App::new(pool, clock.clone(), keys.clone(), registry, &config, health).unwrap();
         Self { router: api::router(app), db, clock, keys, admin, token }
     }
 

@@ -11,6 +11,7 @@ mod devices;
 mod document;
 mod door;
 mod harness;
+mod import;
 mod login;
 mod roles;
 mod sessions;

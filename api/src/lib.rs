@@ -21,6 +21,7 @@ mod resource;
 mod routes;
 mod state;
 mod time;
+mod tx;
 
 pub use state::{App, Health};
 

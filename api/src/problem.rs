@@ -8,6 +8,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use fleet_core::Error;
 use serde::Serialize;
+use sqlx::postgres::PgDatabaseError;
 use utoipa::ToSchema;
 
 /// The media type of a problem.
@@ -30,6 +31,8 @@ const RETRY_AFTER_S: u32 = 1;
 
 /// PostgreSQL's code for a statement that was stopped, by its `statement_timeout` for one.
 const QUERY_CANCELED: &str = "57014";
+/// And for what somebody has no right to.
+const REFUSED: &str = "42501";
 
 /// Why a request failed.
 #[derive(Debug, Clone)]
@@ -139,6 +142,12 @@ impl Problem {
         Self::new(503, "database-away", "the database cannot be reached at the moment: try again shortly")
     }
 
+    /// 403: what would be written is not within what the caller may reach.
+    fn out_of_scope() -> Self {
+        let detail = "this is beyond what your roles reach: expected a group, type and labels within their scope";
+        Self::new(403, "out-of-scope", detail)
+    }
+
     /// What a bare status of the framework says.
     pub(crate) fn of_status(status: StatusCode) -> Self {
         let (kind, detail) = match status {
@@ -239,6 +248,7 @@ impl From<Error> for Problem {
             Error::Database(sqlx::Error::Database(cause)) if cause.code().as_deref() == Some(QUERY_CANCELED) => {
                 return Self::new(503, "timeout", "the database took too long: ask for less at once");
             }
+            Error::Database(cause) if is_beyond_bounds(cause) => return Self::out_of_scope(),
             Error::Database(cause) if is_away(cause) => return Self::database_away(cause),
             Error::SchemaTooNew { .. }
             | Error::Postgres(_)
@@ -249,6 +259,13 @@ impl From<Error> for Problem {
         };
         Self::new(status, kind, error.to_string())
     }
+}
+
+/// Whether a policy of migration 0011 refused a row. A privilege that is missing has the same code, and is our mistake.
+fn is_beyond_bounds(error: &sqlx::Error) -> bool {
+    let sqlx::Error::Database(error) = error else { return false };
+    let error = error.try_downcast_ref::<PgDatabaseError>();
+    error.is_some_and(|error| error.code() == REFUSED && error.routine() == Some("ExecWithCheckOptions"))
 }
 
 /// Whether the same request may succeed when it is sent again: the server cannot be reached, is starting or stopping, is

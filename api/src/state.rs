@@ -55,8 +55,8 @@ impl App {
         Ok(Self { db, clock, keys, logins, registry, metrics, health, http, auth, provisioning })
     }
 
-    /// A transaction whose statements end when the request does: else each search that was given up would keep a
-    /// connection busy.
+    /// A transaction bound to nobody, for what is done before anybody has logged in; all else has `tx.rs`. Its statements
+    /// end when the request does: else each search that was given up would keep a connection busy.
     pub(crate) async fn begin(&self) -> Result<Transaction<'static, Postgres>, sqlx::Error> {
         // Both at once: a setting of its own would cost each request another round trip.
         let limit_ms = self.http.request_timeout_ms.min(MAX_STATEMENT_TIMEOUT_MS);

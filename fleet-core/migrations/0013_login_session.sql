@@ -19,3 +19,8 @@ create table login_session (
 );
 create index login_session_user_id_idx on login_session (user_id, last_used_at);
 create index login_session_expires_at_idx on login_session (expires_at);
+
+-- See migration 0011.
+alter table login_session enable row level security;
+create policy tenant on login_session
+    using (exists (select from app_user u where u.id = user_id and u.tenant_key = (select current_tenant())));

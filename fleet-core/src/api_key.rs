@@ -170,8 +170,9 @@ pub async fn page(
     Ok((keys, next))
 }
 
-/// Ends a key at once. To be called in a transaction.
-pub async fn delete(db: &mut PgConnection, by: Manager, id: ApiKeyId) -> Result<()> {
+/// Ends a key at once; answers what it was. To be called in a transaction.
+pub async fn delete(db: &mut PgConnection, by: Manager, id: ApiKeyId) -> Result<ApiKey> {
+    let key = find(db, by.tenant, id).await?;
     let deleted = sqlx::query!(
         "delete from api_key k using app_user u where k.id = $1 and u.id = k.user_id and u.tenant_key = $2",
         id.uuid(),
@@ -179,7 +180,11 @@ pub async fn delete(db: &mut PgConnection, by: Manager, id: ApiKeyId) -> Result<
     )
     .execute(&mut *db)
     .await?;
-    if deleted.rows_affected() == 0 { Err(Error::NoSuchApiKey(id)) } else { control::bump(db).await }
+    if deleted.rows_affected() == 0 {
+        return Err(Error::NoSuchApiKey(id));
+    }
+    control::bump(db).await?;
+    Ok(key)
 }
 
 /// The key that was shown, with its user; what it is worth, [`crate::standing`] says.

@@ -281,6 +281,21 @@ pub async fn key(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Res
     .ok_or_else(|| Error::NoSuchDevice(id.clone()))
 }
 
+/// As [`key`], and opens its readings to a transaction of [`crate::tenancy`].
+pub async fn open(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Result<DeviceKey> {
+    let row = sqlx::query!(
+        r#"
+        select key as "key: DeviceKey", set_config('muster.devices', array[key]::text, true)
+          from device
+         where tenant_key = $1 and id = $2
+        "#,
+        tenant.0,
+        id.as_str()
+    );
+    let row = row.fetch_optional(db).await?;
+    row.map(|row| row.key).ok_or_else(|| Error::NoSuchDevice(id.clone()))
+}
+
 /// The row of `child`, when `gateway` may act for it: it names that gateway and is not disabled.
 pub async fn find_child(db: &mut PgConnection, gateway: DeviceKey, child: &DeviceId) -> Result<Option<DeviceKey>> {
     let key = sqlx::query_scalar!(
@@ -335,8 +350,8 @@ pub async fn page(
     Ok(Page { items: read(db, tenant, &ids).await?, next })
 }
 
-/// Changes a device. With `expected` not empty, its version must be one of them. A patch that changes nothing leaves the
-/// version as it is. To be called in a transaction.
+/// Changes a device: as it was, and as it is. With `expected` not empty, its version must be one of them. A patch that
+/// changes nothing leaves the version as it is. To be called in a transaction.
 pub async fn update(
     db: &mut PgConnection,
     tenant: TenantKey,
@@ -344,7 +359,7 @@ pub async fn update(
     patch: &Patch,
     expected: &[i64],
     now: DateTime<Utc>,
-) -> Result<Device> {
+) -> Result<(Device, Device)> {
     let gateway = patch.gateway.as_ref().and_then(Option::as_ref);
     let locked = lock(db, tenant, &std::iter::once(id).chain(gateway).collect::<Vec<_>>()).await?;
     let old = find(db, tenant, id).await?;
@@ -364,26 +379,34 @@ pub async fn update(
     }
     new.disabled = patch.disabled.unwrap_or(old.disabled);
     if new == old {
-        return Ok(old);
+        return Ok((old.clone(), old));
     }
     let gateway = match &new.gateway {
-        Some(gateway) if new.gateway != old.gateway => Some(new_gateway(db, &old, gateway, &locked).await?.0),
-        _ => None,
+        gateway if *gateway == old.gateway => None,
+        Some(gateway) => Some(Some(new_gateway(db, &old, gateway, &locked).await?)),
+        None => Some(None),
     };
     write(db, &new, gateway, now).await?;
     if new.disabled != old.disabled {
         control::bump(db).await?;
     }
-    find(db, tenant, id).await
+    Ok((old, find(db, tenant, id).await?))
 }
 
-/// Writes what may change; `gateway` is the row of the gateway when that is a new one.
-async fn write(db: &mut PgConnection, device: &Device, gateway: Option<i64>, now: DateTime<Utc>) -> Result<()> {
+/// Writes what may change; `gateway` is the row of the new gateway, or that there is none any more. One that stays is not
+/// touched: who may not see it must not clear it.
+#[expect(clippy::option_option, reason = "left alone, none, a gateway")]
+async fn write(
+    db: &mut PgConnection,
+    device: &Device,
+    gateway: Option<Option<DeviceKey>>,
+    now: DateTime<Utc>,
+) -> Result<()> {
     sqlx::query!(
         "
         update device
            set type = $2, group_path = $3, labels = $4, disabled = $5,
-               gateway_key = case when $6 then coalesce($7, gateway_key) end,
+               gateway_key = case when $6 then $7 else gateway_key end,
                version = version + 1, updated_at = $8
          where key = $1
         ",
@@ -392,8 +415,8 @@ async fn write(db: &mut PgConnection, device: &Device, gateway: Option<i64>, now
         device.group.as_ref().map(GroupPath::as_str),
         Json(&device.labels) as _,
         device.disabled,
-        device.gateway.is_some(),
-        gateway,
+        gateway.is_some(),
+        gateway.flatten().map(|key| key.0),
         now
     )
     .execute(db)
@@ -402,15 +425,15 @@ async fn write(db: &mut PgConnection, device: &Device, gateway: Option<i64>, now
 }
 
 /// Deletes a device with its credentials and its status; its children stay, without a gateway. Its readings can no longer
-/// be asked for, and go with their day: a device enrolled later under the same name does not inherit them.
-/// To be called in a transaction.
+/// be asked for, and go with their day: a device enrolled later under the same name does not inherit them. Answers what it
+/// was. To be called in a transaction.
 pub async fn delete(
     db: &mut PgConnection,
     tenant: TenantKey,
     id: &DeviceId,
     expected: &[i64],
     now: DateTime<Utc>,
-) -> Result<()> {
+) -> Result<Device> {
     lock(db, tenant, &[id]).await?;
     let device = find(db, tenant, id).await?;
     check_version(device.version, expected)?;
@@ -423,7 +446,8 @@ pub async fn delete(
     .execute(&mut *db)
     .await?;
     sqlx::query!("delete from device where key = $1", device.key.0).execute(&mut *db).await?;
-    control::bump(db).await
+    control::bump(db).await?;
+    Ok(device)
 }
 
 fn merged(old: &Labels, changes: Option<&BTreeMap<String, Option<String>>>) -> Result<Labels> {
@@ -537,7 +561,7 @@ mod tests {
 
     async fn updated(db: &TestDb, name: &str, patch: Patch, expected: &[i64]) -> Result<Device> {
         let mut tx = db.pool().begin().await.unwrap();
-        let device = update(&mut tx, db.tenant(), &id(name), &patch, expected, from_ms(NOON + 1)).await?;
+        let (_, device) = update(&mut tx, db.tenant(), &id(name), &patch, expected, from_ms(NOON + 1)).await?;
         tx.commit().await.unwrap();
         Ok(device)
     }

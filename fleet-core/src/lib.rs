@@ -22,12 +22,15 @@
 //! | what happened to a client's connection | [`connection_event`] |
 //! | what outlives an MQTT connection: subscriptions, queued messages | [`session`] |
 //! | the newest retained message of each topic | [`retained`] |
+//! | who changed what | [`audit`] |
+//! | transactions bound to a tenant and a scope | [`tenancy`] |
 //! | answers kept for `Idempotency-Key` | [`idempotency`] |
 //! | partitions made ahead, old days dropped | [`retention`] |
 //! | the embedded PostgreSQL, connecting and migrating | [`postgres`], [`database`] |
 //! | settings, time, errors, test databases | [`config`], [`clock`], [`error`], [`testing`] |
 
 pub mod api_key;
+pub mod audit;
 pub mod certificate;
 pub mod clock;
 pub mod config;
@@ -53,6 +56,7 @@ pub mod session;
 mod standing;
 pub mod status;
 pub mod telemetry;
+pub mod tenancy;
 pub mod testing;
 pub mod token;
 pub mod topic;

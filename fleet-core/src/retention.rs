@@ -17,9 +17,8 @@ use sqlx::postgres::PgArguments;
 use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Postgres};
 
-use crate::Result;
 use crate::config::Retention;
-use crate::idempotency;
+use crate::{Result, idempotency, tenancy};
 
 /// Days that have their partition before they begin.
 pub const DAYS_AHEAD: u64 = 7;
@@ -188,6 +187,8 @@ async fn make_day(db: &mut PgConnection, day: NaiveDate) -> Result<(), sqlx::Err
     let mut tx = db.begin().await?;
     ddl(&mut tx, format!("set local lock_timeout = {LOCK_TIMEOUT_MS}")).await?;
     ddl(&mut tx, format!("create table {table} (like telemetry including all)")).await?;
+    // Requests reach it through its table only, whose policy holds there.
+    ddl(&mut tx, format!("revoke all on {table} from {}", tenancy::ROLE)).await?;
     // The bulk moves while writers go on; only what came meanwhile moves under the lock that attaching needs anyway.
     ddl(&mut tx, take.clone()).await?;
     ddl(&mut tx, "lock table telemetry_default in access exclusive mode".to_owned()).await?;

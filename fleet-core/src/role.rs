@@ -235,7 +235,7 @@ pub async fn page(
     Ok((roles, next))
 }
 
-/// Writes a role anew, if its version is one of `expected` or none is. To be called in a transaction.
+/// Writes a role anew: as it was, and as it is, if its version is one of `expected` or none is. To be called in a transaction.
 pub async fn replace(
     db: &mut PgConnection,
     by: Manager,
@@ -244,7 +244,7 @@ pub async fn replace(
     expected: &[i64],
     auth: &Auth,
     now: DateTime<Utc>,
-) -> Result<Stored> {
+) -> Result<(Stored, Stored)> {
     let role = locked(db, by, id, expected).await?;
     let owner = (!role.platform).then_some(by.tenant);
     grants.check(reach(owner, &tenant_id(db, by.tenant).await?), auth)?;
@@ -262,18 +262,20 @@ pub async fn replace(
     .execute(&mut *db)
     .await?;
     control::bump(db).await?;
-    find(db, by, id).await
+    let new = find(db, by, id).await?;
+    Ok((role, new))
 }
 
-/// Ends a role that nobody has, if its version is one of `expected` or none is. To be called in a transaction.
-pub async fn delete(db: &mut PgConnection, by: Manager, id: &RoleId, expected: &[i64]) -> Result<()> {
+/// Ends a role that nobody has, if its version is one of `expected` or none is; answers what it was. To be called in a
+/// transaction.
+pub async fn delete(db: &mut PgConnection, by: Manager, id: &RoleId, expected: &[i64]) -> Result<Stored> {
     let role = locked(db, by, id, expected).await?;
     let deleted = sqlx::query!("delete from role where key = $1", role.key.0).execute(&mut *db).await;
     match deleted {
         Err(sqlx::Error::Database(error)) if error.is_foreign_key_violation() => Err(Error::RoleInUse(id.clone())),
         deleted => {
             deleted?;
-            Ok(())
+            Ok(role)
         }
     }
 }

@@ -251,7 +251,7 @@ pub async fn create(
     find_in(db, by.tenant, id).await
 }
 
-/// Changes a user, if its version is one of `expected` or none is. To be called in a transaction.
+/// Changes a user: as it was, and as it is, if its version is one of `expected` or none is. To be called in a transaction.
 pub async fn update(
     db: &mut PgConnection,
     by: Manager,
@@ -259,10 +259,10 @@ pub async fn update(
     patch: &Patch,
     expected: &[i64],
     now: DateTime<Utc>,
-) -> Result<User> {
+) -> Result<(User, User)> {
     let old = locked(db, by, id, expected).await?;
     if *patch == Patch::default() {
-        return Ok(old);
+        return Ok((old.clone(), old));
     }
     let platform = patch.platform.unwrap_or(old.platform);
     let role = match &patch.role {
@@ -295,15 +295,16 @@ pub async fn update(
     let new = find_in(db, by.tenant, id).await?;
     check_somebody_is_left(db, by.tenant, &old, Some(&new)).await?;
     control::bump(db).await?;
-    Ok(new)
+    Ok((old, new))
 }
 
-/// Deletes a user with its API keys, if its version is one of `expected` or none is. To be called in a transaction.
-pub async fn delete(db: &mut PgConnection, by: Manager, id: UserId, expected: &[i64]) -> Result<()> {
+/// Deletes a user with its API keys, if its version is one of `expected` or none is; answers what it was. To be called in a transaction.
+pub async fn delete(db: &mut PgConnection, by: Manager, id: UserId, expected: &[i64]) -> Result<User> {
     let old = locked(db, by, id, expected).await?;
     sqlx::query!("delete from app_user where id = $1", id.uuid()).execute(&mut *db).await?;
     check_somebody_is_left(db, by.tenant, &old, None).await?;
-    control::bump(db).await
+    control::bump(db).await?;
+    Ok(old)
 }
 
 /// The user, who stands still until the transaction ends.

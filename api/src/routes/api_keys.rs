@@ -5,6 +5,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use chrono::{DateTime, Utc};
 use fleet_core::api_key::{self, ApiKey, NewApiKey};
+use fleet_core::audit::Entry;
 use fleet_core::id::{ApiKeyId, RoleId, UserId};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -93,7 +94,7 @@ pub(crate) async fn create(
     once: Once,
     Json(request): Json<MakeApiKey>,
 ) -> Result<Response, Problem> {
-    let mut tx = app.begin().await?;
+    let mut tx = caller.change(&app).await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
         Err(replayed) => return Ok(replayed.at("/id", location)),
@@ -103,7 +104,7 @@ pub(crate) async fn create(
     let (key, secret) = api_key::create(&mut tx, caller.manager(), caller.id, &new, &app.auth, app.clock.now()).await?;
     let mut body = MadeApiKey { key: ApiKeyBody::new(key), secret: None };
     taken.finish(&mut tx, StatusCode::CREATED, &body).await?;
-    tx.commit().await?;
+    tx.commit(Entry::of("api-key.create", body.key.id).after(&body)).await?;
     body.secret = Some(secret.expose().to_owned());
     Ok((StatusCode::CREATED, [(header::LOCATION, location(&body.key.id.to_string()))], Json(body)).into_response())
 }
@@ -124,7 +125,7 @@ pub(crate) async fn list(
     caller: Can<AccessManage>,
     Query(query): Query<Paging<ApiKeyId>>,
 ) -> Result<Json<Page<ApiKeyBody>>, Problem> {
-    let mut db = app.begin().await?;
+    let mut db = caller.read(&app).await?;
     let (keys, next) = api_key::page(&mut db, caller.tenant, query.after, query.limit).await?;
     let items = keys.into_iter().map(ApiKeyBody::new).collect();
     Ok(Json(Page { items, next_cursor: next.map(Cursor::ApiKey) }))
@@ -147,8 +148,8 @@ pub(crate) async fn delete(
     caller: Can<AccessManage>,
     Path(id): Path<ApiKeyId>,
 ) -> Result<StatusCode, Problem> {
-    let mut tx = app.begin().await?;
-    api_key::delete(&mut tx, caller.manager(), id).await?;
-    tx.commit().await?;
+    let mut tx = caller.change(&app).await?;
+    let old = api_key::delete(&mut tx, caller.manager(), id).await?;
+    tx.commit(Entry::of("api-key.delete", id).before(&ApiKeyBody::new(old))).await?;
     Ok(StatusCode::NO_CONTENT)
 }

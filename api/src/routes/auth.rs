@@ -89,7 +89,7 @@ pub(crate) struct Me {
     responses((status = 200, description = "The user behind the access token.", body = Me))
 )]
 pub(crate) async fn me(State(app): State<App>, caller: Caller) -> Result<Json<Me>, Problem> {
-    let user = user::find(&mut *app.db.acquire().await?, caller.id).await?;
+    let user = user::find(&mut *caller.read_self(&app).await?, caller.id).await?;
     let user = user.ok_or(Error::BadToken("its user is gone or disabled"))?;
     let permissions = caller.permissions().into_iter().map(Permission::name).collect();
     Ok(Json(Me {

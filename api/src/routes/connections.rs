@@ -9,6 +9,7 @@ use std::str::FromStr;
 use axum::extract::State;
 use axum::http::StatusCode;
 use chrono::{DateTime, Utc};
+use fleet_core::audit::Entry;
 use fleet_core::clock::from_ms;
 use fleet_core::connection_event::{self, EventRow, Kind};
 use fleet_core::control::{
@@ -155,6 +156,10 @@ impl ConnectionBody {
         }
     }
 
+    async fn one(db: &mut PgConnection, connection: Connection) -> Result<Self, Problem> {
+        Ok(Self::all(db, vec![connection]).await?.remove(0))
+    }
+
     async fn all(db: &mut PgConnection, connections: Vec<Connection>) -> Result<Vec<Self>, Problem> {
         let users = connections.iter().filter_map(|connection| match connection.owner {
             Owner::User(id) => Some(id),
@@ -258,7 +263,7 @@ pub(crate) async fn list(
     let more = connections.len() > limit;
     connections.truncate(limit);
     let next_cursor = connections.last().filter(|_| more).map(|last| Cursor::Connection(last.id));
-    let items = ConnectionBody::all(&mut *app.begin().await?, connections).await?;
+    let items = ConnectionBody::all(&mut *caller.read(&app).await?, connections).await?;
     Ok(Json(ConnectionPage { items, next_cursor, missing_brokers }))
 }
 
@@ -279,8 +284,7 @@ pub(crate) async fn read(
     Path(id): Path<ConnectionId>,
 ) -> Result<Json<ConnectionBody>, Problem> {
     let connection = find(&app, &caller, id).await?;
-    let mut found = ConnectionBody::all(&mut *app.begin().await?, vec![connection]).await?;
-    Ok(Json(found.remove(0)))
+    Ok(Json(ConnectionBody::one(&mut *caller.read(&app).await?, connection).await?))
 }
 
 async fn find<R>(app: &App, caller: &Can<R>, id: ConnectionId) -> Result<Connection, Problem> {
@@ -291,12 +295,30 @@ async fn find<R>(app: &App, caller: &Can<R>, id: ConnectionId) -> Result<Connect
     }
 }
 
+/// Before a broker is asked to do it: what may have happened is known.
+async fn record(
+    app: &App,
+    caller: &Can<ConnectionsManage>,
+    connection: Connection,
+    action: &'static str,
+    how: &impl Serialize,
+) -> Result<(), Problem> {
+    let mut tx = caller.change(app).await?;
+    let connection = ConnectionBody::one(&mut tx, connection).await?;
+    let entry = Entry::of(action, connection.id).before(&connection).after(how);
+    let entry = match &connection.device {
+        Some(device) => entry.on(device),
+        None => entry,
+    };
+    tx.commit(entry).await
+}
+
 fn unexpected(answer: &Answer) -> Problem {
     Problem::internal(&fleet_core::Error::Internal(format!("a broker answered {answer:?}")))
 }
 
 /// How to disconnect a client.
-#[derive(Default, Deserialize, ToSchema)]
+#[derive(Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Disconnect {
     /// What an MQTT 5 client is told, beside reason code 0x98; a 3.1.1 client is just closed.
@@ -340,12 +362,13 @@ pub(crate) async fn disconnect(
     let reason = how.checked_reason()?;
     let (tenant, by) = (caller.tenant, caller.id);
     let request = Request::Disconnect { tenant, id, reason, end_session: how.end_session, by };
+    record(&app, &caller, find(&app, &caller, id).await?, "connection.disconnect", &how).await?;
     one(app.ask_brokers(&request).await?, id)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 /// How to trace a client.
-#[derive(Default, Deserialize, ToSchema)]
+#[derive(Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct StartTrace {
     /// For how long, 1 to 60; 5 unless it is said.
@@ -438,7 +461,9 @@ pub(crate) async fn start_trace(
     if !TRACE_MINUTES.contains(&minutes) {
         return Err(Problem::field("minutes", "expected 1 to 60"));
     }
-    let session = find(&app, &caller, id).await?.session;
+    let connection = find(&app, &caller, id).await?;
+    let session = connection.session.clone();
+    record(&app, &caller, connection, "connection.trace", &StartTrace { minutes: Some(minutes) }).await?;
     let request = Request::TraceStart { tenant: caller.tenant, id, session, minutes, by: caller.id };
     let answers = app.ask_brokers(&request).await?;
     if let Some(Answer::Refused(why)) = answers.given.iter().find(|answer| matches!(answer, Answer::Refused(_))) {
@@ -523,6 +548,9 @@ pub(crate) async fn stop_trace(
     caller: Can<ConnectionsManage>,
     Path(id): Path<ConnectionId>,
 ) -> Result<StatusCode, Problem> {
+    let begun = app.ask_brokers(&Request::Trace { tenant: caller.tenant, id, after: i64::MAX, limit: 1 }).await?;
+    TraceBody::merged(begun.given).ok_or_else(|| no_such_trace(id))?;
+    caller.change(&app).await?.commit(Entry::of("connection.untrace", id)).await?;
     let answers = app.ask_brokers(&Request::TraceStop { tenant: caller.tenant, id }).await?;
     if answers.given.contains(&Answer::Done) { Ok(StatusCode::NO_CONTENT) } else { Err(no_such_trace(id)) }
 }
@@ -608,7 +636,7 @@ pub(crate) async fn events(
     Query(query): Query<Events>,
 ) -> Result<Json<Page<EventBody>>, Problem> {
     let Events { device, kind, before, limit } = query;
-    let mut tx = app.begin().await?;
+    let mut tx = caller.read(&app).await?;
     let device = match device {
         Some(id) => Some(device::key(&mut tx, caller.tenant, &id).await?),
         None => None,

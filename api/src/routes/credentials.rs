@@ -4,6 +4,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use chrono::{DateTime, Utc};
+use fleet_core::audit::Entry;
 use fleet_core::certificate::Certificate;
 use fleet_core::credential::{self, Credential, Issued, Registered};
 use fleet_core::id::{CredentialId, DeviceId};
@@ -143,7 +144,7 @@ pub(crate) async fn list(
     Path(id): Path<DeviceId>,
 ) -> Result<Json<Page<CredentialBody>>, Problem> {
     let now = app.clock.now();
-    let credentials = credential::list(&mut *app.db.acquire().await?, caller.tenant, &id).await?;
+    let credentials = credential::list(&mut *caller.read(&app).await?, caller.tenant, &id).await?;
     Ok(Json(Page::whole(credentials.iter().map(|one| CredentialBody::new(one, now)).collect())))
 }
 
@@ -178,7 +179,7 @@ pub(crate) async fn issue(
     once: Once,
     MaybeJson(request): MaybeJson<Issue>,
 ) -> Result<Response, Problem> {
-    let mut tx = app.begin().await?;
+    let mut tx = caller.change(&app).await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
         Err(replayed) => return Ok(replayed.at("/id", |made| location(&id, made))),
@@ -194,7 +195,7 @@ pub(crate) async fn issue(
     };
     let password = body.take_password();
     taken.finish(&mut tx, StatusCode::CREATED, &body).await?;
-    tx.commit().await?;
+    tx.commit(Entry::of("credential.issue", body.id).on(&id).after(&body)).await?;
     body.put_password(password);
     Ok(created(&id, body))
 }
@@ -228,7 +229,7 @@ pub(crate) async fn rotate(
     once: Once,
     MaybeJson(request): MaybeJson<Rotate>,
 ) -> Result<Response, Problem> {
-    let mut tx = app.begin().await?;
+    let mut tx = caller.change(&app).await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
         Err(replayed) => return Ok(replayed.at("/id", |made| location(&id, made))),
@@ -238,7 +239,7 @@ pub(crate) async fn rotate(
     let mut body = NewCredentialBody::new(issued);
     let password = body.take_password();
     taken.finish(&mut tx, StatusCode::CREATED, &body).await?;
-    tx.commit().await?;
+    tx.commit(Entry::of("credential.rotate", body.id).on(&id).after(&body)).await?;
     body.put_password(password);
     Ok(created(&id, body))
 }
@@ -263,9 +264,9 @@ pub(crate) async fn revoke(
     caller: Can<CredentialsManage>,
     Path((id, credential)): Path<(DeviceId, CredentialId)>,
 ) -> Result<StatusCode, Problem> {
-    let mut tx = app.begin().await?;
+    let mut tx = caller.change(&app).await?;
     credential::revoke(&mut tx, caller.tenant, &id, credential, app.clock.now()).await?;
-    tx.commit().await?;
+    tx.commit(Entry::of("credential.revoke", credential).on(&id)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -95,7 +95,7 @@ pub(crate) async fn list(
     caller: Can<DeadLettersRead>,
     Query(query): Query<List>,
 ) -> Result<Json<Page<DeadLetterBody>>, Problem> {
-    let mut db = app.begin().await?;
+    let mut db = caller.read(&app).await?;
     let asked = i64::try_from(query.limit).unwrap_or(MAX_PAGE).saturating_add(1);
     let rows = dead_letter::page(&mut db, caller.tenant, query.device.as_ref(), query.before, asked).await?;
     let key = |row: &DeadLetterRow| Cursor::DeadLetter(row.id);

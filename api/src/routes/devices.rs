@@ -7,6 +7,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use chrono::{DateTime, Utc};
+use fleet_core::audit::Entry;
 use fleet_core::device::{self, Device, DeviceType, Filter, GroupPath, Labels, MAX_PAGE, NewDevice, Patch};
 use fleet_core::id::DeviceId;
 use fleet_core::status::{self, DeviceStatus};
@@ -160,6 +161,15 @@ async fn with_status(db: &mut PgConnection, device: Device) -> Result<DeviceBody
     Ok(DeviceBody::new(device, status))
 }
 
+/// What people have said about a device, for the audit: its status has no part in it.
+fn known(device: Device) -> serde_json::Value {
+    let mut body = serde_json::to_value(DeviceBody::new(device, None)).unwrap_or_default();
+    if let Some(body) = body.as_object_mut() {
+        body.remove("status");
+    }
+    body
+}
+
 /// A device to be enrolled.
 #[derive(Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -220,7 +230,7 @@ pub(crate) async fn enrol(
     once: Once,
     Json(request): Json<Enrol>,
 ) -> Result<Response, Problem> {
-    let mut tx = app.begin().await?;
+    let mut tx = caller.change(&app).await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
         Err(replayed) => return Ok(replayed.at("/device/id", location)),
@@ -231,7 +241,7 @@ pub(crate) async fn enrol(
     let mut body = Enrolled { device: DeviceBody::new(device, None), credential: NewCredentialBody::new(issued) };
     let password = body.credential.take_password();
     taken.finish(&mut tx, StatusCode::CREATED, &body).await?;
-    tx.commit().await?;
+    tx.commit(Entry::of("device.enrol", &new.id).on(&new.id).after(&body)).await?;
     body.credential.put_password(password);
     Ok(made(location(new.id.as_str()), body))
 }
@@ -336,7 +346,7 @@ pub(crate) async fn list(
     caller: Can<DevicesRead>,
     Query(query): Query<List>,
 ) -> Result<Json<Page<DeviceBody>>, Problem> {
-    let mut db = app.begin().await?;
+    let mut db = caller.read(&app).await?;
     let page = device::page(&mut db, caller.tenant, &query.filter, query.after.as_ref(), query.limit).await?;
     let keys = page.items.iter().map(|device| device.key).collect::<Vec<_>>();
     let mut statuses = status::of(&mut db, &keys).await?;
@@ -368,7 +378,7 @@ pub(crate) async fn read(
     Path(id): Path<DeviceId>,
     conditions: Conditions,
 ) -> Result<Response, Problem> {
-    let mut db = app.begin().await?;
+    let mut db = caller.read(&app).await?;
     let device = device::find(&mut db, caller.tenant, &id).await?;
     let body = with_status(&mut db, device).await?;
     Ok(unless_known(&conditions, body))
@@ -428,11 +438,11 @@ pub(crate) async fn change(
 ) -> Result<Response, Problem> {
     let Change { r#type: kind, group, labels, gateway, disabled } = change;
     let patch = Patch { kind, group, labels, gateway, disabled };
-    let mut tx = app.begin().await?;
+    let mut tx = caller.change(&app).await?;
     let now = app.clock.now();
-    let device = device::update(&mut tx, caller.tenant, &id, &patch, &conditions.versions(), now).await?;
-    let body = with_status(&mut tx, device).await?;
-    tx.commit().await?;
+    let (old, new) = device::update(&mut tx, caller.tenant, &id, &patch, &conditions.versions(), now).await?;
+    let body = with_status(&mut tx, new.clone()).await?;
+    tx.commit(Entry::of("device.update", &id).on(&id).before(&known(old)).after(&known(new))).await?;
     Ok(current(body))
 }
 
@@ -458,9 +468,9 @@ pub(crate) async fn delete(
     Path(id): Path<DeviceId>,
     conditions: Conditions,
 ) -> Result<StatusCode, Problem> {
-    let mut tx = app.begin().await?;
-    device::delete(&mut tx, caller.tenant, &id, &conditions.versions(), app.clock.now()).await?;
-    tx.commit().await?;
+    let mut tx = caller.change(&app).await?;
+    let old = device::delete(&mut tx, caller.tenant, &id, &conditions.versions(), app.clock.now()).await?;
+    tx.commit(Entry::of("device.delete", &id).on(&id).before(&known(old))).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -4,6 +4,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use chrono::{DateTime, Utc};
+use fleet_core::audit::Entry;
 use fleet_core::id::RoleId;
 use fleet_core::policy::Permission;
 use fleet_core::role::{self, Grants, NewRole, Stored};
@@ -152,7 +153,7 @@ pub(crate) async fn create(
     once: Once,
     Json(request): Json<NewRoleBody>,
 ) -> Result<Response, Problem> {
-    let mut tx = app.begin().await?;
+    let mut tx = caller.change(&app).await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
         Err(replayed) => return Ok(replayed.at("/id", location)),
@@ -162,7 +163,7 @@ pub(crate) async fn create(
     let role = role::create(&mut tx, caller.manager(), &new, &app.auth, app.clock.now()).await?;
     let body = RoleBody::new(role);
     taken.finish(&mut tx, StatusCode::CREATED, &body).await?;
-    tx.commit().await?;
+    tx.commit(Entry::of("role.create", &new.id).after(&body)).await?;
     Ok(made(location(new.id.as_str()), body))
 }
 
@@ -183,7 +184,7 @@ pub(crate) async fn list(
     caller: Can<AccessManage>,
     Query(query): Query<Paging<RoleId>>,
 ) -> Result<Json<Page<RoleBody>>, Problem> {
-    let mut db = app.begin().await?;
+    let mut db = caller.read(&app).await?;
     let (roles, next) = role::page(&mut db, caller.manager(), query.after.as_ref(), query.limit).await?;
     let items = roles.into_iter().map(RoleBody::new).collect();
     Ok(Json(Page { items, next_cursor: next.map(Cursor::Role) }))
@@ -209,7 +210,7 @@ pub(crate) async fn read(
     Path(id): Path<RoleId>,
     conditions: Conditions,
 ) -> Result<Response, Problem> {
-    let body = RoleBody::new(role::find(&mut *app.begin().await?, caller.manager(), &id).await?);
+    let body = RoleBody::new(role::find(&mut *caller.read(&app).await?, caller.manager(), &id).await?);
     Ok(unless_known(&conditions, body))
 }
 
@@ -260,16 +261,18 @@ pub(crate) async fn replace(
         return Err(Problem::field("id", format!("expected {id}: the name of a role never changes")));
     }
     let grants = grants(&request.permissions, request.topic_rules)?;
-    let (mut tx, now) = (app.begin().await?, app.clock.now());
-    let role = role::replace(&mut tx, caller.manager(), &id, &grants, &conditions.versions(), &app.auth, now).await?;
+    let (mut tx, now) = (caller.change(&app).await?, app.clock.now());
+    let (old, role) =
+        role::replace(&mut tx, caller.manager(), &id, &grants, &conditions.versions(), &app.auth, now).await?;
     if request.platform.is_some_and(|given| given != role.platform) {
         return Err(Problem::field(
             "platform",
             format!("expected {}: the reach of a role never changes", role.platform),
         ));
     }
-    tx.commit().await?;
-    Ok(current(RoleBody::new(role)))
+    let (old, body) = (RoleBody::new(old), RoleBody::new(role));
+    tx.commit(Entry::of("role.update", &id).before(&old).after(&body)).await?;
+    Ok(current(body))
 }
 
 /// Delete a role
@@ -295,8 +298,8 @@ pub(crate) async fn delete(
     Path(id): Path<RoleId>,
     conditions: Conditions,
 ) -> Result<StatusCode, Problem> {
-    let mut tx = app.begin().await?;
-    role::delete(&mut tx, caller.manager(), &id, &conditions.versions()).await?;
-    tx.commit().await?;
+    let mut tx = caller.change(&app).await?;
+    let old = role::delete(&mut tx, caller.manager(), &id, &conditions.versions()).await?;
+    tx.commit(Entry::of("role.delete", &id).before(&RoleBody::new(old))).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -3,6 +3,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use chrono::{DateTime, Utc};
+use fleet_core::audit::Entry;
 use fleet_core::control::{Answer, Request};
 use fleet_core::id::{DeviceId, SessionId};
 use fleet_core::session::{self, MAX_PAGE, Overview, Subscription};
@@ -143,7 +144,7 @@ pub(crate) async fn list(
     caller: Can<ConnectionsRead>,
     Query(query): Query<List>,
 ) -> Result<Json<Page<SessionBody>>, Problem> {
-    let mut db = app.begin().await?;
+    let mut db = caller.read(&app).await?;
     let List { device, after, limit } = query;
     let sessions = session::list(&mut db, caller.tenant, device.as_ref(), after, limit + 1).await?;
     let key = |session: &Overview| Cursor::Session(session.id);
@@ -165,8 +166,17 @@ pub(crate) async fn read(
     caller: Can<ConnectionsRead>,
     Path(id): Path<SessionId>,
 ) -> Result<Json<SessionBody>, Problem> {
-    let mut db = app.begin().await?;
+    let mut db = caller.read(&app).await?;
     Ok(Json(SessionBody::new(session::find(&mut db, caller.tenant, id).await?)))
+}
+
+/// Before a broker is asked: what may have happened is known.
+fn about(ended: &SessionBody) -> Entry {
+    let entry = Entry::of("session.end", ended.id).before(ended);
+    match &ended.device {
+        Some(device) => entry.on(device),
+        None => entry,
+    }
 }
 
 /// End a session
@@ -188,7 +198,9 @@ pub(crate) async fn end(
     caller: Can<ConnectionsManage>,
     Path(id): Path<SessionId>,
 ) -> Result<StatusCode, Problem> {
-    session::find(&mut *app.begin().await?, caller.tenant, id).await?;
+    let mut tx = caller.change(&app).await?;
+    let session = SessionBody::new(session::find(&mut tx, caller.tenant, id).await?);
+    tx.commit(about(&session)).await?;
     let answers = app.ask_brokers(&Request::EndSession { tenant: caller.tenant, id, by: caller.id }).await?;
     if answers.given.contains(&Answer::Done) {
         Ok(StatusCode::NO_CONTENT)

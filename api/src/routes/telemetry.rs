@@ -215,8 +215,8 @@ pub(crate) async fn series(
     Query(series): Query<Series>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let mut db = app.begin().await?;
-    let key = device::key(&mut db, caller.tenant, &id).await?;
+    let mut db = caller.read(&app).await?;
+    let key = device::open(&mut db, caller.tenant, &id).await?;
     let to = series.to.unwrap_or_else(|| app.clock.now() + TimeDelta::days(1));
     let page = match series.bucket {
         Some(bucket) => buckets(&mut db, key, &series, to, bucket).await?,
@@ -355,8 +355,8 @@ pub(crate) async fn latest(
     caller: Can<TelemetryRead>,
     Path(id): Path<DeviceId>,
 ) -> Result<Json<Page<LatestValue>>, Problem> {
-    let mut db = app.begin().await?;
-    let key = device::key(&mut db, caller.tenant, &id).await?;
+    let mut db = caller.read(&app).await?;
+    let key = device::open(&mut db, caller.tenant, &id).await?;
     let values = latest::latest(&mut db, key).await?;
     let item = |latest::LatestValue { metric, ts, value }| LatestValue { metric, ts, value };
     Ok(Json(Page::whole(values.into_iter().map(item).collect())))

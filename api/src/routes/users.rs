@@ -5,6 +5,7 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use chrono::{DateTime, Utc};
 use fleet_core::Error;
+use fleet_core::audit::Entry;
 use fleet_core::config::Secret;
 use fleet_core::id::{RoleId, UserId};
 use fleet_core::user::{self, NewUser, Patch, User};
@@ -115,7 +116,7 @@ pub(crate) async fn create(
 ) -> Result<Response, Problem> {
     // Before the transaction, so that no connection is held meanwhile.
     let password_hash = hashed(&app, &request.password).await?;
-    let mut tx = app.begin().await?;
+    let mut tx = caller.change(&app).await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
         Err(replayed) => return Ok(replayed.at("/id", location)),
@@ -125,7 +126,7 @@ pub(crate) async fn create(
     let user = user::create(&mut tx, caller.manager(), &new, &app.auth, app.clock.now()).await?;
     let body = UserBody::new(user);
     taken.finish(&mut tx, StatusCode::CREATED, &body).await?;
-    tx.commit().await?;
+    tx.commit(Entry::of("user.create", body.id).after(&body)).await?;
     Ok(made(location(&body.id.to_string()), body))
 }
 
@@ -145,7 +146,7 @@ pub(crate) async fn list(
     caller: Can<AccessManage>,
     Query(query): Query<Paging<UserId>>,
 ) -> Result<Json<Page<UserBody>>, Problem> {
-    let mut db = app.begin().await?;
+    let mut db = caller.read(&app).await?;
     let (users, next) = user::page(&mut db, caller.tenant, query.after, query.limit).await?;
     let items = users.into_iter().map(UserBody::new).collect();
     Ok(Json(Page { items, next_cursor: next.map(Cursor::User) }))
@@ -171,7 +172,7 @@ pub(crate) async fn read(
     Path(id): Path<UserId>,
     conditions: Conditions,
 ) -> Result<Response, Problem> {
-    let body = UserBody::new(user::find_in(&mut *app.begin().await?, caller.tenant, id).await?);
+    let body = UserBody::new(user::find_in(&mut *caller.read(&app).await?, caller.tenant, id).await?);
     Ok(unless_known(&conditions, body))
 }
 
@@ -236,10 +237,11 @@ pub(crate) async fn change(
         None => None,
     };
     let patch = Patch { email, password_hash, role, platform, disabled };
-    let (mut tx, now) = (app.begin().await?, app.clock.now());
-    let user = user::update(&mut tx, caller.manager(), id, &patch, &conditions.versions(), now).await?;
-    tx.commit().await?;
-    Ok(current(UserBody::new(user)))
+    let (mut tx, now) = (caller.change(&app).await?, app.clock.now());
+    let (old, user) = user::update(&mut tx, caller.manager(), id, &patch, &conditions.versions(), now).await?;
+    let (old, body) = (UserBody::new(old), UserBody::new(user));
+    tx.commit(Entry::of("user.update", id).before(&old).after(&body)).await?;
+    Ok(current(body))
 }
 
 /// Delete a user
@@ -266,8 +268,8 @@ pub(crate) async fn delete(
     Path(id): Path<UserId>,
     conditions: Conditions,
 ) -> Result<StatusCode, Problem> {
-    let mut tx = app.begin().await?;
-    user::delete(&mut tx, caller.manager(), id, &conditions.versions()).await?;
-    tx.commit().await?;
+    let mut tx = caller.change(&app).await?;
+    let old = user::delete(&mut tx, caller.manager(), id, &conditions.versions()).await?;
+    tx.commit(Entry::of("user.delete", id).before(&UserBody::new(old))).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -228,8 +228,13 @@ async fn one_connection_is_found_or_not() {
 #[tokio::test]
 async fn a_disconnect_says_why_and_by_whom() {
     let api = Api::start().await;
-    let broker = Broker::start(&api, |_| Answer::Done).await;
-    let id = ConnectionId::new();
+    let here = of_device();
+    let id = here.id;
+    let broker = Broker::start(&api, move |request| match request {
+        Request::Connection { .. } => Answer::Connection(Box::new(here.clone())),
+        _ => Answer::Done,
+    })
+    .await;
     let path = format!("{PATH}/{id}/disconnect");
     let (tenant, by) = (api.db.tenant(), api.admin);
     api.ask("POST", &path).send().await.expect(204);

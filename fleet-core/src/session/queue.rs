@@ -346,8 +346,7 @@ pub(super) async fn sums(db: &mut PgConnection) -> Result<HashMap<SessionId, (i6
 pub(super) async fn sums_of(db: &mut PgConnection, sessions: &[SessionId]) -> Result<HashMap<SessionId, (i64, i64)>> {
     let rows = sqlx::query!(
         r#"
-        select session_id as "session_id: SessionId", count(*) as "messages!", sum(bytes) as "bytes!"
-          from session_message where session_id = any($1) group by session_id
+        select session_id as "session_id!: SessionId", messages as "messages!", bytes as "bytes!" from session_queue($1)
         "#,
         &uuids(sessions),
     )

@@ -1,0 +1,93 @@
+//! Transactions of callers: bound to the caller's tenant and scope, and a change only together with its audit entry.
+//!
+//! `caller.read(&app)` is for looking, `caller.change(&app)` for changing; both take one round trip to begin. Holds: a
+//! [`Change`] is committed with an [`Entry`] or not at all. Routes that are called before anybody has logged in have
+//! `app.begin()`.
+
+use std::ops::{Deref, DerefMut};
+use std::time::Duration;
+
+use fleet_core::audit::Entry;
+use fleet_core::tenancy::{self, Bounds};
+use sqlx::{PgConnection, Postgres, Transaction};
+
+use crate::extract::{Caller, Can, Right};
+use crate::problem::Problem;
+use crate::state::App;
+
+/// A transaction that is never committed.
+pub(crate) struct Reading(Transaction<'static, Postgres>);
+
+impl Deref for Reading {
+    type Target = PgConnection;
+    fn deref(&self) -> &PgConnection {
+        &self.0
+    }
+}
+
+impl DerefMut for Reading {
+    fn deref_mut(&mut self) -> &mut PgConnection {
+        &mut self.0
+    }
+}
+
+/// A transaction that changes something.
+pub(crate) struct Change(Transaction<'static, Postgres>);
+
+impl Deref for Change {
+    type Target = PgConnection;
+    fn deref(&self) -> &PgConnection {
+        &self.0
+    }
+}
+
+impl DerefMut for Change {
+    fn deref_mut(&mut self) -> &mut PgConnection {
+        &mut self.0
+    }
+}
+
+impl Change {
+    /// Commits the change together with what is to be known of it.
+    pub(crate) async fn commit(self, entry: Entry) -> Result<(), Problem> {
+        tracing::info!(action = entry.action(), resource.id = entry.id(), "changed");
+        Ok(self.0.commit().await?)
+    }
+}
+
+impl<R: Right> Can<R> {
+    /// A transaction that sees what the caller may see with the permission `R`.
+    pub(crate) async fn read(&self, app: &App) -> Result<Reading, Problem> {
+        begin(app, &self.bounds()).await.map(Reading)
+    }
+
+    /// A transaction that may change what the caller may change with the permission `R`.
+    pub(crate) async fn change(&self, app: &App) -> Result<Change, Problem> {
+        begin(app, &self.bounds()).await.map(Change)
+    }
+
+    fn bounds(&self) -> Bounds {
+        self.caller.bounds().within(self.scope())
+    }
+
+    /// The scope that the caller has for `R`.
+    #[expect(clippy::unused_self, reason = "every role reaches the whole tenant as yet")]
+    fn scope(&self) -> String {
+        String::new()
+    }
+}
+
+impl Caller {
+    /// A transaction for what every caller may see: itself.
+    pub(crate) async fn read_self(&self, app: &App) -> Result<Reading, Problem> {
+        begin(app, &self.bounds()).await.map(Reading)
+    }
+
+    fn bounds(&self) -> Bounds {
+        Bounds::of(self.tenant).above_tenants(self.manager().platform)
+    }
+}
+
+async fn begin(app: &App, bounds: &Bounds) -> Result<Transaction<'static, Postgres>, Problem> {
+    Ok(tenancy::begin(&app.db, bounds, Duration::from_millis(app.http.request_timeout_ms)).await?)
+}

@@ -17,5 +17,6 @@ mod readings;
 mod roles;
 mod sessions;
 mod settings;
+mod signin;
 mod sim;
 mod transports;

@@ -11,9 +11,11 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, he
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::csrf::{CsrfLayer, ResponseForProtectionError};
 use tracing::{Instrument, Span};
 use uuid::Uuid;
 
+use crate::client;
 use crate::problem::{self, Problem};
 use crate::state::App;
 
@@ -21,9 +23,21 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest request id that is taken from a caller, in bytes; a longer one is replaced.
 const MAX_REQUEST_ID_BYTES: usize = 128;
 
-const CSP_NOTHING: HeaderValue = HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'");
+const PERMISSIONS_POLICY: HeaderName = HeaderName::from_static("permissions-policy");
+const OPENER_POLICY: HeaderName = HeaderName::from_static("cross-origin-opener-policy");
+const RESOURCE_POLICY: HeaderName = HeaderName::from_static("cross-origin-resource-policy");
+
+// What a fleet's console never asks of a browser, so that nothing that got into a page may either.
+const NO_PERMISSIONS: HeaderValue = HeaderValue::from_static(
+    "accelerometer=(), browsing-topics=(), camera=(), display-capture=(), geolocation=(), gyroscope=(), magnetometer=(), \
+     microphone=(), midi=(), payment=(), serial=(), usb=()",
+);
+const SAME_ORIGIN: HeaderValue = HeaderValue::from_static("same-origin");
+const CSP_NOTHING: HeaderValue =
+    HeaderValue::from_static("default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'");
 const CSP_DOCS: HeaderValue = HeaderValue::from_static(
-    "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'",
+    "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; object-src 'none'; base-uri 'none'; \
+     form-action 'self'; frame-ancestors 'none'",
 );
 
 /// Puts the door in front of `routes`.
@@ -37,6 +51,13 @@ pub(crate) fn guard(routes: Router<App>, app: App) -> Router {
         .with_state(app)
 }
 
+/// Refuses what a page of another site sends: for routes that are opened by a cookie, which browsers add by themselves.
+pub(crate) fn same_site() -> CsrfLayer<impl ResponseForProtectionError<Body> + Send + Sync + 'static> {
+    CsrfLayer::new().with_rejection_response(|_| {
+        Problem::new(403, "cross-site", "the request comes from a page of another site").into_response()
+    })
+}
+
 async fn enter(State(app): State<App>, request: Request, next: Next) -> Response {
     let begun = Instant::now();
     let id = request_id(request.headers());
@@ -44,6 +65,7 @@ async fn enter(State(app): State<App>, request: Request, next: Next) -> Response
     let route = request.extensions().get::<MatchedPath>().map_or("unmatched".into(), |path| path.as_str().to_owned());
     let span = tracing::info_span!("http.request", method, route, request.id = id, status = tracing::field::Empty);
     let uri = request.uri().clone();
+    let https = client::is_https(&request, &app.http.trusted_proxies);
     let within = Duration::from_millis(app.http.request_timeout_ms);
     let answered = async {
         let response = in_time(within, next.run(request)).await;
@@ -54,6 +76,9 @@ async fn enter(State(app): State<App>, request: Request, next: Next) -> Response
     };
     let mut response = answered.instrument(span).await;
     set_headers(response.headers_mut(), &uri, &id);
+    if let Some(hsts) = app.hsts.clone().filter(|_| https) {
+        response.headers_mut().insert(header::STRICT_TRANSPORT_SECURITY, hsts);
+    }
     app.metrics.requests.with_label_values(&[method, &route, response.status().as_str()]).inc();
     app.metrics.seconds.with_label_values(&[&route]).observe(begun.elapsed().as_secs_f64());
     response
@@ -117,6 +142,9 @@ fn set_headers(headers: &mut HeaderMap, uri: &Uri, id: &str) {
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(header::X_FRAME_OPTIONS, HeaderValue::from_static("DENY"));
     headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    headers.insert(PERMISSIONS_POLICY, NO_PERMISSIONS);
+    headers.insert(OPENER_POLICY, SAME_ORIGIN);
+    headers.insert(RESOURCE_POLICY, SAME_ORIGIN);
     let docs = uri.path().starts_with("/docs");
     headers.entry(header::CONTENT_SECURITY_POLICY).or_insert(if docs { CSP_DOCS } else { CSP_NOTHING });
     if uri.path().starts_with("/api/") {

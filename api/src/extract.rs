@@ -10,7 +10,7 @@ use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use fleet_core::id::{ApiKeyId, TenantKey, UserId};
+use fleet_core::id::{ApiKeyId, LoginSessionId, TenantKey, UserId};
 use fleet_core::idempotency::{self, Answer, Key};
 use fleet_core::policy::{Manager, Permission, Principal, Role, Who};
 use fleet_core::token;
@@ -69,6 +69,31 @@ impl FromRequestParts<App> for Caller {
             Who::User { id, key, .. } => Ok(Self { id, tenant: principal.tenant, key, principal }),
             Who::Device { .. } => Err(Problem::new(401, "bad-token", "expected the access token of a user")),
         }
+    }
+}
+
+/// A caller who logged in: a person, not a program with an API key.
+pub(crate) struct Person {
+    pub(crate) caller: Caller,
+    pub(crate) session: LoginSessionId,
+}
+
+impl std::ops::Deref for Person {
+    type Target = Caller;
+    fn deref(&self) -> &Caller {
+        &self.caller
+    }
+}
+
+impl FromRequestParts<App> for Person {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        let caller = Caller::from_request_parts(parts, app).await?;
+        let session = caller.principal.proof.session;
+        let session =
+            session.ok_or_else(|| Problem::new(403, "forbidden", "this needs a login: an API key will not do"))?;
+        Ok(Self { caller, session })
     }
 }
 

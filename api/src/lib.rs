@@ -8,10 +8,13 @@ use axum::Router;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use utoipa::OpenApi;
-use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
+use utoipa::openapi::security::{
+    ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme,
+};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+mod client;
 mod door;
 mod extract;
 mod metrics;
@@ -27,15 +30,21 @@ pub use state::{App, Health};
 
 use problem::Problem;
 use routes::{
-    api_keys, auth, connections, credentials, dead_letters, devices, docs, import, operations, roles, sessions,
-    telemetry, users,
+    api_keys, auth, connections, credentials, dead_letters, devices, docs, import, login_sessions, operations, roles,
+    sessions, telemetry, users,
 };
 
 /// Every route of the HTTP door, on one screen.
 fn documented() -> OpenApiRouter<App> {
+    let by_cookie =
+        OpenApiRouter::new().routes(routes!(auth::login)).routes(routes!(auth::refresh)).routes(routes!(auth::logout));
     OpenApiRouter::with_openapi(Description::openapi())
-        .routes(routes!(auth::login))
+        .merge(by_cookie.layer(door::same_site()))
         .routes(routes!(auth::me))
+        .routes(routes!(login_sessions::list_mine))
+        .routes(routes!(login_sessions::end_mine))
+        .routes(routes!(login_sessions::logout_all))
+        .routes(routes!(login_sessions::list, login_sessions::end))
         .routes(routes!(devices::enrol, devices::list))
         .routes(routes!(import::import))
         .routes(routes!(devices::read, devices::change, devices::delete))
@@ -117,7 +126,11 @@ struct Description;
 pub fn openapi_json() -> String {
     let mut document = documented().into_openapi();
     let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("JWT").build();
-    document.components.get_or_insert_default().add_security_scheme("bearer", SecurityScheme::Http(bearer));
+    let cookie =
+        ApiKey::Cookie(ApiKeyValue::with_description("__Host-muster_refresh", "The refresh token of a browser."));
+    let components = document.components.get_or_insert_default();
+    components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
+    components.add_security_scheme("cookie", SecurityScheme::ApiKey(cookie));
     document.security = Some(vec![SecurityRequirement::new("bearer", Vec::<String>::new())]);
     let mut json = document.to_pretty_json().expect("the document is plain data");
     json.push('\n');

@@ -12,6 +12,7 @@ pub(crate) struct Metrics {
     pub(crate) problems: IntCounterVec,
     pub(crate) pages_clamped: IntCounter,
     pub(crate) logins_busy: IntCounter,
+    pub(crate) sessions_ended: IntCounterVec,
     pub(crate) connections: IntGaugeVec,
 }
 
@@ -41,6 +42,11 @@ impl Metrics {
                 "muster_logins_busy_total",
                 "Logins refused because too many passwords were being checked.",
             )?,
+            sessions_ended: counters(
+                "muster_login_sessions_ended_total",
+                "Logins ended before their time, by why: by a logout, an administrator, one login too many, a refresh token used twice.",
+                &["why"],
+            )?,
             connections: IntGaugeVec::new(
                 Opts::new("muster_database_pool_connections", "Connections of the pool, by state."),
                 &["state"],
@@ -50,11 +56,15 @@ impl Metrics {
         for bound in BOUNDS {
             metrics.problems.with_label_values(&[bound]);
         }
+        for why in ["logout", "admin", "limit", "reuse"] {
+            metrics.sessions_ended.with_label_values(&[why]);
+        }
         registry.register(Box::new(metrics.requests.clone()))?;
         registry.register(Box::new(metrics.seconds.clone()))?;
         registry.register(Box::new(metrics.problems.clone()))?;
         registry.register(Box::new(metrics.pages_clamped.clone()))?;
         registry.register(Box::new(metrics.logins_busy.clone()))?;
+        registry.register(Box::new(metrics.sessions_ended.clone()))?;
         registry.register(Box::new(metrics.connections.clone()))?;
         registry.register(Box::new(ProcessCollector::for_self()))?;
         Ok(metrics)

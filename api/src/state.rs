@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::http::HeaderValue;
 use fleet_core::clock::Clock;
 use fleet_core::config::{Auth, Config, Http, Provisioning};
 use fleet_core::control::{self, Answers, Request};
@@ -33,6 +34,8 @@ pub struct App {
     pub(crate) http: Arc<Http>,
     pub(crate) auth: Arc<Auth>,
     pub(crate) provisioning: Arc<Provisioning>,
+    /// `Strict-Transport-Security`, unless that is switched off.
+    pub(crate) hsts: Option<HeaderValue>,
 }
 
 impl App {
@@ -52,7 +55,9 @@ impl App {
         let logins = Logins::new(config.auth.login_concurrency);
         let (http, auth) = (Arc::new(config.http.clone()), Arc::new(config.auth.clone()));
         let provisioning = Arc::new(config.provisioning.clone());
-        Ok(Self { db, clock, keys, logins, registry, metrics, health, http, auth, provisioning })
+        let hsts = HeaderValue::from_str(&format!("max-age={}; includeSubDomains", http.hsts_s)).ok();
+        let hsts = hsts.filter(|_| http.hsts_s > 0);
+        Ok(Self { db, clock, keys, logins, registry, metrics, health, http, auth, provisioning, hsts })
     }
 
     /// A transaction bound to nobody, for what is done before anybody has logged in; all else has `tx.rs`. Its statements

@@ -83,6 +83,11 @@ impl Caller {
         begin(app, &self.bounds()).await.map(Reading)
     }
 
+    /// A transaction for what every caller may change: what is its own.
+    pub(crate) async fn change_self(&self, app: &App) -> Result<Change, Problem> {
+        begin(app, &self.bounds()).await.map(Change)
+    }
+
     fn bounds(&self) -> Bounds {
         Bounds::of(self.tenant).above_tenants(self.manager().platform)
     }

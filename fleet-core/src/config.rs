@@ -43,6 +43,8 @@ pub struct Http {
     pub max_body_bytes: usize,
     pub request_timeout_ms: u64,
     pub broker_answer_ms: u64,
+    pub trusted_proxies: Vec<IpNet>,
+    pub hsts_s: u64,
 }
 
 /// `[mqtt]`
@@ -202,6 +204,7 @@ pub struct Auth {
     pub session_max_s: u64,
     pub max_sessions: usize,
     pub refresh_grace_s: u64,
+    pub cookie_secure: CookieSecure,
     pub login_concurrency: usize,
     pub rotation_overlap_s: u64,
     pub max_users: usize,
@@ -251,6 +254,18 @@ pub enum RateExcess {
     Wait,
     /// It is disconnected.
     Disconnect,
+}
+
+/// Whether the cookie with the refresh token is for https alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CookieSecure {
+    /// Unless the request came over plain http to this machine's own name for itself.
+    Auto,
+    /// Whatever the request says.
+    Always,
+    /// Never: for trials in a network without TLS.
+    Never,
 }
 
 /// An address or "", which is none.
@@ -392,6 +407,7 @@ impl Config {
             .try_parsing(true)
             .list_separator(",")
             .with_list_parse_key("mqtt.proxy_trusted")
+            .with_list_parse_key("http.trusted_proxies")
             .source(variables);
         let mut loaded: Self = builder
             .add_source(variables)
@@ -532,6 +548,8 @@ mod tests {
             ("MUSTER__MQTT__PROXY_TRUSTED", "10.0.0.0/8,somewhere", "proxy_trusted"),
             ("MUSTER__TLS__CERTIFICATE", "/etc/muster/server.pem", "tls.key"),
             ("MUSTER__TLS__KEY", "", "tls.key"),
+            ("MUSTER__AUTH__COOKIE_SECURE", "sometimes", "cookie_secure"),
+            ("MUSTER__AUTH__SESSION_IDLE_S", "60", "session_idle_s"),
         ] {
             let error = load(&[(key, value)]).expect_err(key).to_string();
             assert!(error.contains(expected), "{key}: {error}");

@@ -22,7 +22,7 @@ use crate::error::{Error, OrOn, Result, check_version};
 use crate::id::{RoleId, TenantId, TenantKey, UserId};
 use crate::policy::Manager;
 use crate::role::{self, Assignable};
-use crate::{control, database};
+use crate::{control, database, login_session};
 
 /// Logins that may wait for one of the hashes being computed; one more is refused with [`Error::Busy`].
 pub const LOGIN_QUEUE: usize = 16;
@@ -292,6 +292,9 @@ pub async fn update(
     .execute(&mut *db)
     .await
     .or_on("app_user_email_key", || Error::EmailTaken)?;
+    if patch.password_hash.is_some() {
+        login_session::end_all(db, id, None).await?;
+    }
     let new = find_in(db, by.tenant, id).await?;
     check_somebody_is_left(db, by.tenant, &old, Some(&new)).await?;
     control::bump(db).await?;
@@ -307,13 +310,19 @@ pub async fn delete(db: &mut PgConnection, by: Manager, id: UserId, expected: &[
     Ok(old)
 }
 
-/// The user, who stands still until the transaction ends.
-async fn locked(db: &mut PgConnection, by: Manager, id: UserId, expected: &[i64]) -> Result<User> {
-    role::lock(db, Some(by.tenant)).await?;
+/// The user, if `by` may manage its access: who stands above is for those who do too.
+pub async fn manageable(db: &mut PgConnection, by: Manager, id: UserId) -> Result<User> {
     let user = find_in(db, by.tenant, id).await?;
     if user.is_above() && !by.platform {
         return Err(Error::NotPlatform("change a user who has it, or who has a role of the platform"));
     }
+    Ok(user)
+}
+
+/// The user, who stands still until the transaction ends.
+async fn locked(db: &mut PgConnection, by: Manager, id: UserId, expected: &[i64]) -> Result<User> {
+    role::lock(db, Some(by.tenant)).await?;
+    let user = manageable(db, by, id).await?;
     check_version(user.version, expected)?;
     Ok(user)
 }

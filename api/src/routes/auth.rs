@@ -1,14 +1,19 @@
-//! Logging in, and who one is then.
+//! Logging in, staying in, logging out, and who one is meanwhile.
 
-use axum::extract::State;
+use axum::extract::{FromRequestParts, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
 use fleet_core::config::Secret;
-use fleet_core::login_session::{self, Method, Origin};
+use fleet_core::id::{LoginSessionId, UserId};
+use fleet_core::login_session::{self, LoginSession, Method, Refresh};
 use fleet_core::policy::Permission;
 use fleet_core::{Error, user};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::extract::{Caller, Json};
+use crate::client::Client;
+use crate::extract::{Caller, Json, MaybeJson, Person};
 use crate::problem::{Document, Problem};
 use crate::state::App;
 
@@ -22,6 +27,13 @@ pub(crate) struct Login {
     /// The password.
     #[schema(value_type = String, format = Password)]
     password: Secret,
+    /// Whether the refresh token is set as a cookie, for browsers; else it is in the answer, for programs.
+    #[serde(default = "yes")]
+    cookie: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// An access token (RFC 6750), to be sent as `Authorization: Bearer …`.
@@ -33,30 +45,161 @@ pub(crate) struct LoggedIn {
     token_type: &'static str,
     /// How long it is accepted, in seconds.
     expires_in: u64,
+    /// For the next `POST /auth/refresh`, once; not there when it is a cookie.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refresh_token: Option<String>,
 }
 
 /// Log in
+///
+/// The answer holds an access token; with it comes a refresh token, as a cookie that scripts cannot read.
 #[utoipa::path(
     post, path = "/api/v1/auth/login", tag = "auth", request_body = Login, security(),
     responses(
-        (status = 200, description = "The password is right.", body = LoggedIn),
+        (status = 200, description = "The password is right.", body = LoggedIn, headers(
+            ("Set-Cookie" = Option<String>, description = "The refresh token, unless `cookie` is false."),
+        )),
         (status = 401, description = "It is not, or there is no such user; which, is not said.", body = Document, content_type = "application/problem+json"),
+        (status = 403, description = "A page of another site sent the request.", body = Document, content_type = "application/problem+json"),
         (status = 429, description = "Too many logins at once: see Retry-After.", body = Document, content_type = "application/problem+json"),
     )
 )]
-pub(crate) async fn login(State(app): State<App>, Json(login): Json<Login>) -> Result<Json<LoggedIn>, Problem> {
+pub(crate) async fn login(
+    State(app): State<App>,
+    client: Client,
+    Json(login): Json<Login>,
+) -> Result<Response, Problem> {
     let user = app.logins.login(&app.db, &login.email, &login.password).await.inspect_err(|error| {
         if matches!(error, Error::Busy(_)) {
             app.metrics.logins_busy.inc();
         }
     })?;
-    let mut tx = app.begin().await?;
-    let from = Origin::default();
-    let begun = login_session::begin(&mut tx, user.id, Method::Password, &from, &app.auth, app.clock.now()).await?;
+    let (mut tx, now) = (app.begin().await?, app.clock.now());
+    let origin = client.origin();
+    let (session, token, ended) =
+        login_session::begin(&mut tx, user.id, Method::Password, &origin, &app.auth, now).await?;
     tx.commit().await?;
-    let token = app.keys.sign(&begun.0)?;
-    let access_token = token.token.expose().to_owned();
-    Ok(Json(LoggedIn { access_token, token_type: "Bearer", expires_in: token.expires_in_s }))
+    app.metrics.sessions_ended.with_label_values(&["limit"]).inc_by(ended);
+    logged_in(&app, &client, &session, &token, login.cookie)
+}
+
+/// A new access token, and the refresh token where the next request looks for it.
+fn logged_in(
+    app: &App,
+    client: &Client,
+    session: &LoginSession,
+    refresh: &Secret,
+    cookie: bool,
+) -> Result<Response, Problem> {
+    let token = app.keys.sign(session)?;
+    let body = Json(LoggedIn {
+        access_token: token.token.expose().to_owned(),
+        token_type: "Bearer",
+        expires_in: token.expires_in_s,
+        refresh_token: (!cookie).then(|| refresh.expose().to_owned()),
+    });
+    if !cookie {
+        return Ok(body.into_response());
+    }
+    Ok((client.keep(refresh, app.clock.now(), session.expires_at), body).into_response())
+}
+
+/// The refresh token of a program.
+#[derive(Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RefreshRequest {
+    /// The refresh token of the answer before; left out: the cookie is looked at.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    refresh_token: Option<Secret>,
+}
+
+/// Refresh
+///
+/// A new access token for a refresh token, which is replaced by its successor. A refresh token that was used before ends the
+/// login with all its tokens: somebody else may have it. For a few seconds (`auth.refresh_grace_s`) it is answered with
+/// the successor it already has instead, since two tabs may refresh at once.
+#[utoipa::path(
+    post, path = "/api/v1/auth/refresh", tag = "auth", request_body = Option<RefreshRequest>, security(("cookie" = [])),
+    responses(
+        (status = 200, description = "The login goes on.", body = LoggedIn, headers(
+            ("Set-Cookie" = Option<String>, description = "The next refresh token, when the last one was a cookie."),
+        )),
+        (status = 401, description = "There is no refresh token, or it is worth nothing: log in.", body = Document, content_type = "application/problem+json"),
+        (status = 403, description = "A page of another site sent the request.", body = Document, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn refresh(
+    State(app): State<App>,
+    client: Client,
+    headers: HeaderMap,
+    MaybeJson(request): MaybeJson<RefreshRequest>,
+) -> Result<Response, Problem> {
+    let cookie = request.refresh_token.is_none();
+    let shown = request.refresh_token.or_else(|| client.refresh_token(&headers));
+    let shown = shown.ok_or_else(|| Problem::new(401, "no-token", "expected a refresh token: log in"))?;
+    let mut tx = app.begin().await?;
+    let answer = login_session::refresh(&mut tx, shown.expose(), &app.auth, app.clock.now()).await?;
+    tx.commit().await?;
+    match answer {
+        Refresh::Renewed(session, token) => logged_in(&app, &client, &session, &token, cookie),
+        Refresh::Stolen(session) => {
+            app.metrics.sessions_ended.with_label_values(&["reuse"]).inc();
+            tracing::warn!(user.id = %session.user, session.id = %session.id, address = ?client.address, "a refresh token was used twice: the login has ended");
+            let detail = "the refresh token was used before, so the login has ended: log in, and if it was not you, change the password";
+            Err(Problem::new(401, "bad-refresh-token", detail))
+        }
+        Refresh::Unknown => {
+            Err(Problem::new(401, "bad-refresh-token", "the login has ended, or this is no refresh token: log in"))
+        }
+    }
+}
+
+/// Who logs out, by the cookie or the access token; `None` whose login has ended already.
+pub(crate) struct Leaving(Option<(UserId, LoginSessionId)>);
+
+impl FromRequestParts<App> for Leaving {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        let Ok(client) = Client::from_request_parts(parts, app).await;
+        let cookie = client.refresh_token(&parts.headers);
+        if let Some(token) = &cookie {
+            let mut db = app.db.acquire().await?;
+            let found = login_session::of_token(&mut db, token.expose(), app.clock.now()).await?;
+            if let Some(session) = found {
+                return Ok(Self(Some((session.user, session.id))));
+            }
+        }
+        if cookie.is_some() && !parts.headers.contains_key(header::AUTHORIZATION) {
+            return Ok(Self(None));
+        }
+        let person = Person::from_request_parts(parts, app).await?;
+        Ok(Self(Some((person.id, person.session))))
+    }
+}
+
+/// Log out
+///
+/// Ends this login: its access tokens, its refresh token, and MQTT connections that came by them.
+#[utoipa::path(
+    post, path = "/api/v1/auth/logout", tag = "auth", security(("bearer" = []), ("cookie" = [])),
+    responses(
+        (status = 204, description = "The login has ended.", headers(("Set-Cookie" = String, description = "Takes the cookie."))),
+        (status = 403, description = "A page of another site sent the request, or an API key was shown.", body = Document, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn logout(State(app): State<App>, client: Client, Leaving(who): Leaving) -> Result<Response, Problem> {
+    if let Some((user, session)) = who {
+        let mut tx = app.begin().await?;
+        match login_session::end(&mut tx, user, session).await {
+            // Another tab was faster.
+            Ok(()) | Err(Error::NoSuchLoginSession(_)) => tx.commit().await?,
+            Err(error) => return Err(error.into()),
+        }
+        app.metrics.sessions_ended.with_label_values(&["logout"]).inc();
+    }
+    Ok((StatusCode::NO_CONTENT, client.forget()).into_response())
 }
 
 /// The user behind the access token or API key.

@@ -54,6 +54,44 @@ async fn answers_carry_the_headers_that_keep_browsers_honest() {
 }
 
 #[tokio::test]
+async fn browsers_are_told_what_pages_may_not_do() {
+    let api = Api::start().await;
+    for path in ["/api/v1/me", "/healthz", "/nothing", "/docs/", "/metrics"] {
+        let reply = api.anonymous("GET", path).send().await;
+        assert_eq!(reply.header("cross-origin-opener-policy"), "same-origin", "{path}");
+        assert_eq!(reply.header("cross-origin-resource-policy"), "same-origin", "{path}");
+        assert_eq!(reply.header("referrer-policy"), "no-referrer", "{path}");
+        assert!(reply.header("permissions-policy").contains("camera=()"), "{path}");
+        let policy = reply.header("content-security-policy");
+        for part in ["default-src '", "base-uri 'none'", "form-action '", "frame-ancestors 'none'"] {
+            assert!(policy.contains(part), "{path}: {policy}");
+        }
+        assert!(!policy.contains("script-src") && !policy.contains("unsafe-eval"), "{path}: {policy}");
+    }
+}
+
+#[tokio::test]
+async fn https_is_kept_to_where_a_trusted_proxy_tells_of_it() {
+    let mut setup = Setup::default();
+    setup.config.http.trusted_proxies = vec!["10.0.0.0/8".parse().unwrap()];
+    setup.config.http.hsts_s = 300;
+    let api = Api::with(setup).await;
+    let told = async |from: &str, proto: &str| {
+        let ask = api.anonymous("GET", "/healthz").from(from).header("x-forwarded-proto", proto);
+        ask.send().await.expect(200).header("strict-transport-security").to_owned()
+    };
+    assert_eq!(told("10.1.1.1", "https").await, "max-age=300; includeSubDomains");
+    assert_eq!(told("10.1.1.1", "http").await, "");
+    assert_eq!(told("192.0.2.1", "https").await, "", "a stranger tells nothing");
+    let mut setup = Setup::default();
+    setup.config.http.trusted_proxies = vec!["10.0.0.0/8".parse().unwrap()];
+    setup.config.http.hsts_s = 0;
+    let api = Api::with(setup).await;
+    let ask = api.anonymous("GET", "/healthz").from("10.1.1.1").header("x-forwarded-proto", "https");
+    assert_eq!(ask.send().await.header("strict-transport-security"), "");
+}
+
+#[tokio::test]
 async fn a_body_beyond_the_bound_is_not_read() {
     let mut setup = Setup::default();
     setup.config.http.max_body_bytes = 1000;

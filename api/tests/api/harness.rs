@@ -1,11 +1,13 @@
 //! One API on a database of its own, and the words to talk to it.
 
 use std::fmt::Write as _;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use api::{App, Health};
 use axum::Router;
 use axum::body::{Body, to_bytes};
+use axum::extract::ConnectInfo;
 use axum::http::{HeaderMap, Request, StatusCode};
 use chrono::{DateTime, TimeDelta, Utc};
 use fleet_core::clock::{Clock, from_ms};
@@ -91,7 +93,8 @@ impl Api {
 
     /// A request of somebody without a token.
     pub(crate) fn anonymous(&self, method: &str, path: &str) -> Ask<'_> {
-        Ask { api: self, request: Request::builder().method(method).uri(path), body: Body::empty() }
+        let request = Request::builder().method(method).uri(path).header("host", "localhost:8080");
+        Ask { api: self, request, body: Body::empty(), peer: ([127, 0, 0, 1], 4711).into() }
     }
 
     pub(crate) async fn get(&self, path: &str) -> Reply {
@@ -170,11 +173,18 @@ pub(crate) struct Ask<'a> {
     api: &'a Api,
     request: axum::http::request::Builder,
     body: Body,
+    peer: SocketAddr,
 }
 
 impl Ask<'_> {
+    /// The request comes over a connection from this address.
+    pub(crate) fn from(mut self, address: &str) -> Self {
+        self.peer = SocketAddr::new(address.parse().unwrap(), 4711);
+        self
+    }
+
     pub(crate) fn header(mut self, name: &str, value: &str) -> Self {
-        if name == "authorization"
+        if ["authorization", "host"].contains(&name)
             && let Some(headers) = self.request.headers_mut()
         {
             headers.remove(name);
@@ -194,7 +204,8 @@ impl Ask<'_> {
     }
 
     pub(crate) async fn send(self) -> Reply {
-        let request = self.request.body(self.body).unwrap();
+        let mut request = self.request.body(self.body).unwrap();
+        request.extensions_mut().insert(ConnectInfo(self.peer));
         let response = self.api.router.clone().oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
         let bytes = to_bytes(body, usize::MAX).await.unwrap();
@@ -247,6 +258,14 @@ impl Reply {
     /// A header as text, empty when it is not there.
     pub(crate) fn header(&self, name: &str) -> &str {
         self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+    }
+
+    /// A cookie that was set: its value, and all that was said about it.
+    pub(crate) fn cookie(&self, name: &str) -> (String, String) {
+        let set = self.headers.get_all("set-cookie").iter().map(|value| value.to_str().unwrap());
+        let whole = set.into_iter().find(|set| set.starts_with(&format!("{name}="))).unwrap_or_default();
+        let (pair, rest) = whole.split_once("; ").unwrap_or_default();
+        (pair.split_once('=').unwrap_or_default().1.to_owned(), rest.to_owned())
     }
 
     /// The ids of a page.

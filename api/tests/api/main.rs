@@ -13,6 +13,7 @@ mod door;
 mod harness;
 mod import;
 mod login;
+mod login_sessions;
 mod roles;
 mod sessions;
 mod telemetry;

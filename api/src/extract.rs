@@ -13,6 +13,7 @@ use axum::response::{IntoResponse, Response};
 use fleet_core::id::{ApiKeyId, LoginSessionId, TenantKey, UserId};
 use fleet_core::idempotency::{self, Answer, Key};
 use fleet_core::policy::{Manager, Permission, Principal, Role, Who};
+use fleet_core::scope::Extent;
 use fleet_core::token;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -41,7 +42,7 @@ impl Caller {
     }
 
     /// In whose name access is managed.
-    pub(crate) fn manager(&self) -> Manager {
+    pub(crate) fn manager(&self) -> Manager<'_> {
         self.principal.manager()
     }
 
@@ -53,8 +54,13 @@ impl Caller {
         Err(Problem::new(403, "forbidden", format!("this needs the permission {}", permission.name())))
     }
 
+    /// The devices for which the caller has a permission.
+    pub(crate) fn extent(&self, permission: Permission) -> Extent {
+        self.principal.extent(permission)
+    }
+
     pub(crate) fn permissions(&self) -> Vec<Permission> {
-        Permission::ALL.into_iter().filter(|permission| self.principal.may(*permission)).collect()
+        Permission::ALL.iter().copied().filter(|permission| self.principal.may(*permission)).collect()
     }
 }
 

@@ -30,8 +30,8 @@ pub use state::{App, Health};
 
 use problem::Problem;
 use routes::{
-    api_keys, auth, connections, credentials, dead_letters, devices, docs, import, login_sessions, operations, roles,
-    sessions, telemetry, users,
+    api_keys, auth, bindings, connections, credentials, dead_letters, devices, docs, import, login_sessions,
+    operations, roles, sessions, telemetry, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -60,6 +60,8 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(users::read, users::change, users::delete))
         .routes(routes!(roles::create, roles::list))
         .routes(routes!(roles::read, roles::replace, roles::delete))
+        .routes(routes!(bindings::create, bindings::list))
+        .routes(routes!(bindings::read, bindings::delete))
         .routes(routes!(api_keys::create, api_keys::list))
         .routes(routes!(api_keys::delete))
         .routes(routes!(connections::list))
@@ -115,6 +117,7 @@ pub fn refusal(status: u16, kind: &'static str, detail: impl Into<String>) -> Re
         (name = "sessions", description = "What outlives the connections of clients: subscriptions, and messages that wait"),
         (name = "users", description = "People who log in"),
         (name = "roles", description = "What people and programs may do"),
+        (name = "bindings", description = "Who has which role for which devices"),
         (name = "api-keys", description = "By which programs prove who they are"),
         (name = "connections", description = "Who is connected at the moment, and what happened to clients"),
         (name = "operations", description = "For those who run the server"),

@@ -5,7 +5,9 @@ use std::str::FromStr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use fleet_core::id::{ApiKeyId, ConnectionEventId, ConnectionId, DeadLetterId, DeviceId, RoleId, SessionId, UserId};
+use fleet_core::id::{
+    ApiKeyId, BindingId, ConnectionEventId, ConnectionId, DeadLetterId, DeviceId, RoleId, SessionId, UserId,
+};
 use serde::{Serialize, Serializer};
 use utoipa::{IntoParams, ToSchema};
 
@@ -67,6 +69,8 @@ pub(crate) enum Cursor {
     Role(RoleId),
     /// In the list of API keys.
     ApiKey(ApiKeyId),
+    /// In the list of bindings.
+    Binding(BindingId),
     /// In the list of connections.
     Connection(ConnectionId),
     /// In the list of connection events.
@@ -84,6 +88,7 @@ impl Cursor {
             Self::User(id) => format!("u{id}"),
             Self::Role(id) => format!("o{id}"),
             Self::ApiKey(id) => format!("k{id}"),
+            Self::Binding(id) => format!("b{id}"),
             Self::Connection(id) => format!("c{id}"),
             Self::ConnectionEvent(id) => format!("e{id}"),
             Self::Reading { ts_ms, seq } => format!("r{ts_ms},{seq}"),
@@ -101,6 +106,7 @@ impl Cursor {
             "u" => key.parse().ok().map(Self::User),
             "o" => key.parse().ok().map(Self::Role),
             "k" => key.parse().ok().map(Self::ApiKey),
+            "b" => key.parse().ok().map(Self::Binding),
             "c" => key.parse().ok().map(Self::Connection),
             "e" => key.parse().ok().map(Self::ConnectionEvent),
             "r" => {
@@ -166,6 +172,7 @@ keys!(
     UserId: User,
     RoleId: Role,
     ApiKeyId: ApiKey,
+    BindingId: Binding,
     ConnectionId: Connection,
     ConnectionEventId: ConnectionEvent
 );
@@ -205,6 +212,7 @@ mod tests {
                 Cursor::ConnectionEvent(id.into()),
                 Cursor::User(id.into()),
                 Cursor::ApiKey(id.into()),
+                Cursor::Binding(id.into()),
             ];
             for cursor in ids.into_iter().chain([Cursor::Reading { ts_ms, seq }]).chain(device).chain(role) {
                 prop_assert_eq!(cursor.print().parse(), Ok(cursor));

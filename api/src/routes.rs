@@ -2,6 +2,7 @@
 
 pub(crate) mod api_keys;
 pub(crate) mod auth;
+pub(crate) mod bindings;
 pub(crate) mod connections;
 pub(crate) mod credentials;
 pub(crate) mod dead_letters;

@@ -3,6 +3,7 @@
 //! Holds: identity comes from the credential, never from the client id. Which of user name and password was wrong
 //! is not said. While the database is away nobody new is let in, and is told so.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use fleet_core::clock::Clock;
 use fleet_core::config;
 use fleet_core::control::{self, Verdict};
 use fleet_core::credential::{self, Offer};
+use fleet_core::directory::Directory;
 use fleet_core::policy::{Guard, Principal, TopicRules, Who};
 use fleet_core::token::{self, Keys};
 use fleet_core::topic::{Channel, DeviceTopic};
@@ -41,6 +43,7 @@ pub(crate) struct Access {
     devices: Batcher<DeviceToken, Option<Principal>>,
     users: Semaphore,
     certificates: Certificates,
+    directory: Arc<Directory>,
 }
 
 /// `{tenant}/{device}` and a token.
@@ -70,6 +73,7 @@ impl Access {
         settings: &config::Admission,
         metrics: &Metrics,
         tls: Option<Arc<Tls>>,
+        directory: Arc<Directory>,
     ) -> Self {
         let within = Duration::from_millis(settings.authentication_timeout_ms);
         let gauge = metrics.authenticating.clone();
@@ -80,7 +84,7 @@ impl Access {
         });
         let users = Semaphore::new(TOKENS_AT_ONCE);
         let certificates = Certificates::new(db.clone(), clock.clone(), tls);
-        Self { db, keys, clock, certificates, metrics: metrics.clone(), within, devices, users }
+        Self { db, keys, clock, certificates, metrics: metrics.clone(), within, devices, users, directory }
     }
 
     /// Who stands behind a CONNECT: a device by its certificate, by `{tenant}/{device}` and its token, or by both; a user by
@@ -94,6 +98,34 @@ impl Access {
             return identity::alone(connect, holder);
         }
         identity::beside(holder.as_ref(), self.by_password(connect).await?)
+    }
+
+    /// Sees to it that what scopes ask about is known before this principal is let in: a device whose tenant has users who may
+    /// see some devices only, all devices for such a user.
+    pub(crate) async fn acquaint(&self, principal: &Principal) -> Result<(), Refusal> {
+        let Principal { tenant, tenant_id, who, .. } = principal;
+        let is_due = match who {
+            Who::Device { key, id } => self.directory.lacks(tenant_id, id, *key),
+            Who::User { grants, .. } => !grants.is_unscoped() && !self.directory.holds(tenant_id),
+        };
+        if !is_due {
+            return Ok(());
+        }
+        let read = async {
+            let mut db = self.db.acquire().await?;
+            match who {
+                Who::Device { key, .. } => self.directory.add(&mut db, tenant_id, *key).await,
+                Who::User { .. } => self.directory.load(&mut db, &HashSet::from([*tenant])).await,
+            }
+        };
+        match timeout(self.within, read).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "the devices of a tenant could not be read");
+                Err(self.unanswered(NoAnswer::Failed))
+            }
+            Err(_) => Err(self.unanswered(NoAnswer::Late)),
+        }
     }
 
     async fn by_password(&self, connect: &Connect) -> Result<Principal, Refusal> {
@@ -187,14 +219,15 @@ pub(crate) struct Rights {
 }
 
 impl Rights {
-    pub(crate) fn new(principal: &Principal) -> Self {
+    /// What this principal may do; `devices` tells which devices are in its scope.
+    pub(crate) fn new(principal: &Principal, devices: &Arc<Directory>) -> Self {
         let sender = match &principal.who {
             Who::Device { key, id } => {
                 Some(Arc::new(Sender { tenant: principal.tenant, device: *key, id: id.clone() }))
             }
             Who::User { .. } => None,
         };
-        Self { rules: principal.topic_rules(), sender, last: None }
+        Self { rules: principal.topic_rules(devices), sender, last: None }
     }
 
     /// The device, when the principal is one.
@@ -210,8 +243,8 @@ impl Rights {
             return Ok(route.clone());
         }
         let route = self.decide(topic)?;
-        // A copy: the topic itself is a slice of everything that was read with it.
-        self.last = Some((ByteString::from(&**topic), route.clone()));
+        // Devices move in and out of scope. A copy: the topic itself is a slice of everything that was read with it.
+        self.last = self.rules.is_unscoped().then(|| (ByteString::from(&**topic), route.clone()));
         Ok(route)
     }
 

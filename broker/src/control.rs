@@ -6,6 +6,7 @@
 //! of its own, so that a storm of others does not hold it up. While the database is away nothing can be asked, and those
 //! who are connected stay.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -45,6 +46,8 @@ const AT_ONCE: usize = 5_000;
 const CONNECTIONS: u32 = 2;
 /// A database that has not answered by then is away.
 const LOOK_WITHIN: Duration = Duration::from_secs(10);
+/// Devices that scopes ask about and that are not known are looked for so often: those a gateway speaks for may be new.
+const READ_AGAIN: Duration = Duration::from_secs(1);
 /// How long a stopping broker tries to say that it goes.
 const RETIRE_WITHIN: Duration = Duration::from_secs(1);
 
@@ -113,6 +116,7 @@ pub(crate) async fn start(shared: &Arc<Shared>, options: &PgConnectOptions) -> f
         db: db.clone(),
         broker,
         renewed: Instant::now(),
+        read_devices: Instant::now(),
         // Sessions were restored before the epoch was asked for.
         is_due: true,
         is_away: false,
@@ -146,6 +150,8 @@ struct Task {
     db: PgPool,
     broker: Uuid,
     renewed: Instant,
+    /// When the devices of those tenants that have scopes were read.
+    read_devices: Instant,
     /// Whether rights have changed and not everybody was checked yet.
     is_due: bool,
     is_away: bool,
@@ -181,6 +187,11 @@ impl Task {
         let changed = control.epoch.swap(look.epoch, Ordering::SeqCst) != look.epoch;
         // From the swaps on, who comes in sees that it must be checked; who was in already is among these.
         self.is_due |= control.again.swap(false, Ordering::SeqCst) || changed;
+        let directory = &self.shared.directory;
+        let is_behind = directory.is_missing_some() && self.read_devices.elapsed() >= READ_AGAIN;
+        if self.is_due || is_behind {
+            self.read_devices(&mut db).await?;
+        }
         if self.is_due {
             self.recheck(&mut db).await?;
             self.is_due = false;
@@ -194,6 +205,23 @@ impl Task {
     }
 
     // Rights
+
+    /// Reads the devices of those tenants in which somebody may see some of them only.
+    async fn read_devices(&mut self, db: &mut sqlx::PgConnection) -> fleet_core::Result<()> {
+        let Shared { presences, sessions, directory, .. } = &*self.shared;
+        let connected = presences.all().into_iter().map(|presence| presence.principal());
+        let mut wanted = connected
+            .filter(|principal| !principal.grants().is_unscoped())
+            .map(|principal| principal.tenant)
+            .collect::<HashSet<_>>();
+        let owners = sessions.all_durable().into_iter().map(|session| session.owner());
+        wanted.extend(owners.filter(|owner| !owner.grants().is_unscoped()).map(|owner| owner.tenant));
+        self.read_devices = Instant::now();
+        if wanted.is_empty() && directory.is_empty() {
+            return Ok(());
+        }
+        directory.load(db, &wanted).await
+    }
 
     /// Looks at all principals again: of open connections first, then of sessions that outlive theirs.
     async fn recheck(&self, db: &mut sqlx::PgConnection) -> fleet_core::Result<()> {
@@ -230,7 +258,7 @@ impl Task {
             // Whoever may not come in at the moment may do so later.
             Verdict::Ended(_) | Verdict::Until(_) => None,
             Verdict::Changed(principal) => {
-                let filters = restrict(&self.shared, session, &Rights::new(&principal));
+                let filters = restrict(&self.shared, session, &Rights::new(&principal, &self.shared.directory));
                 session.set_owner(principal);
                 (!filters.is_empty()).then(|| Aftermath::Unsubscribe(session.clone(), filters))
             }

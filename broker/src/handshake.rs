@@ -201,7 +201,8 @@ async fn admit(shared: &Shared, connect: &Connect, arrival: &mut Arrival) -> Res
         shared.admission.failed(arrival.peer.ip());
     }
     let principal = authenticated?;
-    let mut rights = Rights::new(&principal);
+    shared.access.acquaint(&principal).await?;
+    let mut rights = Rights::new(&principal, &shared.directory);
     if let Some(Err(text)) = connect.will.as_ref().map(|will| rights.publish(&will.topic)) {
         shared.metrics.denied.with_label_values(&["connect"]).inc();
         return Err((Reason::NotAuthorized, text).into());

@@ -64,6 +64,7 @@ use std::time::Duration;
 
 use fleet_core::clock::Clock;
 use fleet_core::config;
+use fleet_core::directory::Directory;
 use fleet_core::token::Keys;
 use prometheus::Registry;
 use sqlx::PgPool;
@@ -149,6 +150,7 @@ struct Shared {
     settings: config::Mqtt,
     session_limits: config::Sessions,
     access: Access,
+    directory: Arc<Directory>,
     admission: Arc<Admission>,
     router: Router,
     sessions: Arc<Sessions>,
@@ -200,7 +202,8 @@ impl Broker {
         let retained = Arc::new(Retained::new(parts.mqtt.max_retained, parts.mqtt.max_retained_bytes, metrics.clone()));
         let mut db = parts.db.acquire().await.map_err(fleet_core::Error::from)?;
         restore::retained_messages(&mut db, &retained, now).await?;
-        let restored = restore::sessions(&mut db, &sessions, &router, now).await?;
+        let directory = Arc::new(Directory::default());
+        let restored = restore::sessions(&mut db, &sessions, &router, &directory, now).await?;
         drop(db);
         metrics.sessions.set(i64::try_from(restored.len()).unwrap_or(i64::MAX));
         let (events, writing) = Events::start(parts.db.clone(), metrics.clone());
@@ -217,7 +220,16 @@ impl Broker {
         });
         let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &store, &metrics);
         let shared = Arc::new(Shared {
-            access: Access::new(parts.db, parts.keys, parts.clock.clone(), &parts.admission, &metrics, tls.clone()),
+            access: Access::new(
+                parts.db,
+                parts.keys,
+                parts.clock.clone(),
+                &parts.admission,
+                &metrics,
+                tls.clone(),
+                directory.clone(),
+            ),
+            directory,
             admission: Arc::new(Admission::new(&parts.mqtt, &parts.admission, metrics.clone())),
             sessions,
             store,

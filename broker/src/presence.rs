@@ -266,7 +266,7 @@ impl Presences {
 #[cfg(test)]
 mod tests {
     use fleet_core::id::{DeviceKey, UserId};
-    use fleet_core::policy::Proof;
+    use fleet_core::policy::{Grants, Proof};
 
     use super::*;
     use crate::metrics::Metrics;
@@ -302,7 +302,7 @@ mod tests {
         let all = Presences::default();
         let own: Vec<_> = ["a", "b", "c"].map(|id| all.enter(device(1, id)).id).to_vec();
         let foreign = all.enter(device(2, "d")).id;
-        let user = Who::User { id: UserId::new(), key: None, role: None, platform: false };
+        let user = Who::User { id: UserId::new(), key: None, grants: Grants::default(), platform: false };
         let user = all.enter(presence(1, user, "grafana", Transport::WebSocket)).id;
         let ids = |filter: Filter, after, limit| -> Vec<_> {
             all.page(TenantKey(1), &filter, after, limit).iter().map(|presence| presence.id).collect()

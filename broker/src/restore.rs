@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytestring::ByteString;
+use fleet_core::clock::from_ms;
+use fleet_core::directory::Directory;
 use fleet_core::session::{self, Stored};
 use fleet_core::{retained, status};
 use sqlx::PgConnection;
@@ -37,20 +39,23 @@ pub(crate) async fn sessions(
     db: &mut PgConnection,
     sessions: &Sessions,
     router: &Router,
+    directory: &Arc<Directory>,
     now: Now,
 ) -> fleet_core::Result<Vec<(Arc<Durable>, Stored)>> {
     status::mark_all_lost(db, now.ms, "the broker stopped").await?;
-    let stored = session::load(db).await?;
+    let stored = session::load(db, from_ms(now.ms)).await?;
+    let scoped = stored.iter().map(|stored| &stored.owner).filter(|owner| !owner.grants().is_unscoped());
+    directory.load(db, &scoped.map(|owner| owner.tenant).collect()).await?;
     let restored = stored.into_iter().map(|stored| {
         let session = sessions.restore(&stored);
-        subscribe(&session, &stored, router);
+        subscribe(&session, &stored, router, directory);
         (session, stored)
     });
     Ok(restored.collect())
 }
 
-fn subscribe(session: &Arc<Durable>, stored: &Stored, router: &Router) {
-    let rights = Rights::new(&session.owner());
+fn subscribe(session: &Arc<Durable>, stored: &Stored, router: &Router, directory: &Arc<Directory>) {
+    let rights = Rights::new(&session.owner(), directory);
     for subscription in &stored.subscriptions {
         let filter = ByteString::from(subscription.filter.as_str());
         let options = rows::options(subscription);

@@ -40,12 +40,13 @@ impl Will {
     /// Publishes it, if its owner still may.
     pub(crate) async fn send(&self, shared: &Shared) {
         let publish = publish(&self.message);
-        let (sender, what): (_, fn(Incoming) -> What) = match Rights::new(&self.owner).publish(&publish.topic) {
-            Ok(Route::Telemetry(sender)) => (sender, What::Telemetry),
-            Ok(Route::Status(sender)) => (sender, What::Status),
-            Ok(Route::Live) => return shared.store.publish(Incoming::plain(publish)).await,
-            Err(_) => return,
-        };
+        let (sender, what): (_, fn(Incoming) -> What) =
+            match Rights::new(&self.owner, &shared.directory).publish(&publish.topic) {
+                Ok(Route::Telemetry(sender)) => (sender, What::Telemetry),
+                Ok(Route::Status(sender)) => (sender, What::Status),
+                Ok(Route::Live) => return shared.store.publish(Incoming::plain(publish)).await,
+                Err(_) => return,
+            };
         let item = Item::new(sender, shared.clock.now_ms(), what(Incoming::plain(publish)));
         shared.ingest.wait(item).await;
     }

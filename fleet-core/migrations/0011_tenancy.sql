@@ -69,6 +69,9 @@ alter table api_key enable row level security;
 create policy tenant on api_key
     using (exists (select from app_user u where u.id = user_id and u.tenant_key = (select current_tenant())));
 
+alter table binding enable row level security;
+create policy tenant on binding using (tenant_key = (select current_tenant()));
+
 alter table role enable row level security;
 -- Roles of the platform are given to users of tenants, so they can be read there. Their names must differ from those of
 -- all tenants, which only who stands above them can see.

@@ -7,15 +7,16 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
+use sqlx::types::Json;
 use uuid::Uuid;
 
 use crate::config::{Auth, Secret};
-use crate::control;
 use crate::credential::random_secret;
 use crate::error::{Error, Result};
 use crate::id::{ApiKeyId, RoleId, TenantKey, UserId};
 use crate::policy::Manager;
-use crate::role;
+use crate::scope::Scope;
+use crate::{binding, control, role};
 
 /// What every API key begins with.
 pub const PREFIX: &str = "mk_";
@@ -35,6 +36,8 @@ pub struct ApiKey {
     pub user: UserId,
     /// Its role by name.
     pub role: String,
+    /// For which devices it has the role.
+    pub scope: Scope,
     /// When it was made.
     pub created_at: DateTime<Utc>,
     /// It is refused from then on.
@@ -48,6 +51,8 @@ pub struct NewApiKey {
     pub name: String,
     /// Its role.
     pub role: RoleId,
+    /// For which devices it has the role.
+    pub scope: Scope,
     /// How long it is accepted, in seconds; `None`: as long as the settings allow.
     pub expires_in_s: Option<u64>,
 }
@@ -55,7 +60,7 @@ pub struct NewApiKey {
 /// Makes a key in the name of `user`; its secret is known at this moment only. To be called in a transaction.
 pub async fn create(
     db: &mut PgConnection,
-    by: Manager,
+    by: Manager<'_>,
     user: UserId,
     new: &NewApiKey,
     auth: &Auth,
@@ -68,23 +73,25 @@ pub async fn create(
     let expires_at = expiry(new.expires_in_s, auth.max_api_key_s, now)?;
     role::lock(db, Some(by.tenant)).await?;
     check_room(db, by.tenant, auth).await?;
-    let role = role::assignable(db, by, &new.role).await?;
+    let role = role::assignable(db, by, &new.role, &new.scope.extent()).await?;
+    binding::check_reach(&role.role, &new.scope)?;
     let id = ApiKeyId::new();
     let secret = Secret::from(format!("{PREFIX}{}", random_secret()?.expose()));
     let hash = Sha256::digest(secret.expose());
     sqlx::query!(
         "
-        insert into api_key (id, user_id, name, role, role_key, secret_hash, created_at, expires_at)
-        values ($1, $2, $3, $4, $5, $6, $7, $8)
+        insert into api_key (id, user_id, name, role, role_key, secret_hash, created_at, expires_at, scope)
+        values ($1, $2, $3, $4, $5, $6, $7, $8, $9)
         ",
         id.uuid(),
         user.uuid(),
         name,
-        role.built_in,
+        role.built_in(),
         role.key,
         hash.as_slice(),
         now,
-        expires_at
+        expires_at,
+        Json(&new.scope) as _
     )
     .execute(&mut *db)
     .await?;
@@ -125,7 +132,7 @@ async fn read(db: &mut PgConnection, tenant: TenantKey, ids: &[Uuid]) -> Result<
         ApiKey,
         r#"
         select k.id as "id: ApiKeyId", k.name, k.user_id as "user: UserId", coalesce(k.role, r.id) as "role!",
-               k.created_at, k.expires_at
+               k.scope as "scope: Json<Scope>", k.created_at, k.expires_at
           from api_key k
           join app_user u on u.id = k.user_id
           left join role r on r.key = k.role_key
@@ -171,7 +178,7 @@ pub async fn page(
 }
 
 /// Ends a key at once; answers what it was. To be called in a transaction.
-pub async fn delete(db: &mut PgConnection, by: Manager, id: ApiKeyId) -> Result<ApiKey> {
+pub async fn delete(db: &mut PgConnection, by: Manager<'_>, id: ApiKeyId) -> Result<ApiKey> {
     let key = find(db, by.tenant, id).await?;
     let deleted = sqlx::query!(
         "delete from api_key k using app_user u where k.id = $1 and u.id = k.user_id and u.tenant_key = $2",

@@ -210,6 +210,7 @@ pub struct Auth {
     pub max_users: usize,
     pub max_roles: usize,
     pub max_topic_rules: usize,
+    pub max_bindings: usize,
     pub max_api_keys: usize,
     pub max_api_key_s: u64,
 }

@@ -90,6 +90,13 @@ text!(
     "names joined by /, such as site/line-3, each 1 to 64 of A-Z a-z 0-9 . _ - and not beginning with _, at most 255 bytes"
 );
 
+impl GroupPath {
+    /// Whether it is that group or one below it.
+    pub fn is_within(&self, group: &Self) -> bool {
+        self.0.strip_prefix(group.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    }
+}
+
 /// What people say about a device: at most [`MAX_LABELS`] keys, each with one value.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "BTreeMap<String, String>", into = "BTreeMap<String, String>")]
@@ -387,7 +394,8 @@ pub async fn update(
         None => Some(None),
     };
     write(db, &new, gateway, now).await?;
-    if new.disabled != old.disabled {
+    let moved = (&new.group, &new.kind, &new.labels) != (&old.group, &old.kind, &old.labels);
+    if new.disabled != old.disabled || moved {
         control::bump(db).await?;
     }
     Ok((old, find(db, tenant, id).await?))

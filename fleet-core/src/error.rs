@@ -1,7 +1,7 @@
 //! The one error of this crate. The doors translate it: `api/src/problem.rs` to a status code,
 //! the broker to a reason code.
 
-use crate::id::{ApiKeyId, BadId, CredentialId, DeviceId, LoginSessionId, RoleId, SessionId, UserId};
+use crate::id::{ApiKeyId, BadId, BindingId, CredentialId, DeviceId, LoginSessionId, RoleId, SessionId, UserId};
 use crate::topic_rule::BadRule;
 
 /// What can go wrong with a fleet. The texts are for the caller and say what was expected.
@@ -59,6 +59,18 @@ pub enum Error {
     /// A topic rule is no rule, or reaches too far.
     #[error(transparent)]
     BadRule(#[from] BadRule),
+    /// Nobody gives what they do not have.
+    #[error("role {0} allows more than you may do yourself: expected a role, and a scope, within your own rights")]
+    Exceeds(RoleId),
+    /// Nobody changes who may do more.
+    #[error("this user may do more than you: expected one whose rights are within your own")]
+    Above,
+    /// No such binding in the caller's tenant.
+    #[error("binding {0} does not exist")]
+    NoSuchBinding(BindingId),
+    /// The user has just this role for just these devices.
+    #[error("the user has this role in this scope already")]
+    BindingExists,
     /// Only who has platform standing may do that.
     #[error("this needs platform standing: only a user who has it may {0}")]
     NotPlatform(&'static str),

@@ -182,6 +182,7 @@ macro_rules! id {
 id!(CredentialId, "crd", "device credential");
 id!(UserId, "usr", "user");
 id!(ApiKeyId, "key", "API key");
+id!(BindingId, "bnd", "binding");
 id!(DeadLetterId, "dlq", "dead letter");
 id!(ConnectionId, "con", "connection of a client");
 id!(ConnectionEventId, "cev", "connection event");

@@ -15,8 +15,10 @@
 //! | logins and their refresh tokens | [`login_session`] |
 //! | secrets of programs | [`api_key`] |
 //! | permissions, and who may do what | [`policy`] |
-//! | roles that people make | [`role`] |
+//! | roles that people make, and who has them for which devices | [`role`], [`binding`] |
+//! | which devices a binding is about | [`scope`]; in memory, for the MQTT door: [`directory`] |
 //! | who a user or an API key is now | `standing` |
+//! | which rule decides, and what would be needed | [`explain`] |
 //! | what a role says about topics, compiled | [`topic_rule`], over `filter_set` |
 //! | what the doors tell each other of open connections, and every change of rights | [`control`] |
 //! | what happened to a client's connection | [`connection_event`] |
@@ -31,6 +33,7 @@
 
 pub mod api_key;
 pub mod audit;
+pub mod binding;
 pub mod certificate;
 pub mod clock;
 pub mod config;
@@ -40,7 +43,9 @@ pub mod credential;
 pub mod database;
 pub mod dead_letter;
 pub mod device;
+pub mod directory;
 pub mod error;
+pub mod explain;
 mod filter_set;
 pub mod id;
 pub mod idempotency;
@@ -52,6 +57,7 @@ pub mod postgres;
 pub mod retained;
 pub mod retention;
 pub mod role;
+pub mod scope;
 pub mod session;
 mod standing;
 pub mod status;

@@ -1,67 +1,127 @@
-//! Who may do what: one policy, asked by the REST door for permissions and by the MQTT door for topics.
+//! Who may do what: one policy, asked by the REST door for permissions and extents, by the database for scope, by the MQTT door
+//! for topics.
 //!
-//! Deny by default; a deny rule wins over any allow rule. A [`Role`] is a set of [`Permission`]s and of topic
-//! rules; [`Principal::topic_rules`] are those of whoever stands at the MQTT door.
+//! Deny by default; a deny rule wins over any allow rule. A [`Role`] is a set of [`Permission`]s and of topic rules. A
+//! [`Principal`] holds its roles as [`Grants`]: each within the [`Extent`] of a scope. The table in this file says what each
+//! permission opens; the routes name theirs in their signatures, and a test holds both together.
 
 use std::sync::{Arc, LazyLock};
 
 use chrono::{DateTime, Utc};
 
-use crate::id::{ApiKeyId, CredentialId, DeviceId, DeviceKey, LoginSessionId, RoleId, TenantId, TenantKey, UserId};
-use crate::topic_rule::{Action, Effect, Reach, RuleSet, TopicRule};
+use crate::directory::Directory;
+use crate::id::{
+    ApiKeyId, BindingId, CredentialId, DeviceId, DeviceKey, LoginSessionId, RoleId, TenantId, TenantKey, UserId,
+};
+use crate::scope::Extent;
+use crate::topic_rule::{Action, Effect, Reach, RuleSet, Ruled, TopicPolicy, TopicRule};
 pub use crate::topic_rule::{Guard, TopicRules};
 
-/// What a caller may do on the REST API, as `noun:verb`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Permission {
-    /// `devices:read`
-    DevicesRead,
-    /// `devices:write`: enrol, change, delete
-    DevicesWrite,
-    /// `credentials:manage`: issue, rotate, revoke device credentials
-    CredentialsManage,
-    /// `telemetry:read`
-    TelemetryRead,
-    /// `dead-letters:read`
-    DeadLettersRead,
-    /// `connections:read`: see who is connected, durable sessions, connection events
-    ConnectionsRead,
-    /// `connections:manage`: disconnect clients, end their sessions, trace them
-    ConnectionsManage,
-    /// `access:manage`: users, roles, API keys
-    AccessManage,
+/// What a permission is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum About {
+    /// Devices: a binding may give it for some of them only.
+    Devices,
+    /// The tenant: worth something only when it is given for the whole of it.
+    Tenant,
+}
+
+/// One line of the table.
+struct Opens {
+    name: &'static str,
+    about: About,
+    /// Behind `fleet/v1/{tenant}/+/`.
+    topics: &'static [(Action, &'static str)],
+}
+
+macro_rules! permissions {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal, $about:ident, [$(($action:ident, $topic:literal)),*];)+) => {
+        /// What a caller may do, as `noun:verb`.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Permission {
+            $(
+                #[doc = concat!("`", $name, "`:")]
+                $(#[doc = $doc])+
+                $variant,
+            )+
+        }
+
+        impl Permission {
+            /// Every permission there is.
+            pub const ALL: &[Self] = &[$(Self::$variant),+];
+
+            fn opens(self) -> Opens {
+                match self {
+                    $(Self::$variant => Opens {
+                        name: $name,
+                        about: About::$about,
+                        topics: &[$((Action::$action, $topic)),*],
+                    },)+
+                }
+            }
+
+            /// What it is good for, in a few words.
+            pub fn description(self) -> &'static str {
+                match self {
+                    $(Self::$variant => concat!($($doc),+).trim_ascii(),)+
+                }
+            }
+        }
+    };
+}
+
+// The one table: name, what it is about, the topics it opens below each device in scope. Routes name theirs.
+permissions! {
+    /// see devices, their state and groups
+    DevicesRead = "devices:read", Devices, [(Subscribe, "status")];
+    /// enrol, change, delete devices
+    DevicesWrite = "devices:write", Devices, [];
+    /// issue, rotate, revoke device credentials
+    CredentialsManage = "credentials:manage", Devices, [];
+    /// see readings and events
+    TelemetryRead = "telemetry:read", Devices, [(Subscribe, "telemetry"), (Subscribe, "events")];
+    /// see log lines
+    LogsRead = "logs:read", Devices, [(Subscribe, "logs")];
+    /// send commands to devices and see what becomes of them
+    CommandsSend = "commands:send", Devices,
+        [(All, "commands/+/request"), (Subscribe, "commands/+/response")];
+    /// offer updates to devices
+    UpdatesDeploy = "updates:deploy", Devices, [(Subscribe, "updates/offer"), (Subscribe, "updates/+/ack")];
+    /// approve updates that others prepared
+    UpdatesApprove = "updates:approve", Tenant, [];
+    /// see payloads that could not be read
+    DeadLettersRead = "dead-letters:read", Devices, [];
+    /// see who is connected, durable sessions, connection events
+    ConnectionsRead = "connections:read", Devices, [];
+    /// disconnect clients, end their sessions, trace them
+    ConnectionsManage = "connections:manage", Devices, [];
+    /// give and take access: users, roles, bindings, API keys
+    AccessManage = "access:manage", Tenant, [];
 }
 
 impl Permission {
-    /// Every permission there is.
-    pub const ALL: [Self; 8] = [
-        Self::DevicesRead,
-        Self::DevicesWrite,
-        Self::CredentialsManage,
-        Self::TelemetryRead,
-        Self::DeadLettersRead,
-        Self::ConnectionsRead,
-        Self::ConnectionsManage,
-        Self::AccessManage,
-    ];
-
     /// `noun:verb`, as roles and problems spell it.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::DevicesRead => "devices:read",
-            Self::DevicesWrite => "devices:write",
-            Self::CredentialsManage => "credentials:manage",
-            Self::TelemetryRead => "telemetry:read",
-            Self::DeadLettersRead => "dead-letters:read",
-            Self::ConnectionsRead => "connections:read",
-            Self::ConnectionsManage => "connections:manage",
-            Self::AccessManage => "access:manage",
-        }
+        self.opens().name
+    }
+
+    /// Whether a binding may give it for some devices only.
+    pub fn about(self) -> About {
+        self.opens().about
     }
 
     /// The permission of that name.
     pub fn named(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|permission| permission.name() == name)
+        Self::ALL.iter().copied().find(|permission| permission.name() == name)
+    }
+
+    /// The topic rules that come with it.
+    pub fn topic_rules(self) -> impl Iterator<Item = TopicRule> {
+        self.opens().topics.iter().map(|(action, below)| TopicRule {
+            effect: Effect::Allow,
+            action: *action,
+            filter: format!("fleet/v1/{{tenant}}/+/{below}"),
+        })
     }
 }
 
@@ -70,6 +130,16 @@ impl Permission {
 pub enum Role {
     /// Everything in the tenant.
     Admin,
+    /// Runs the fleet day by day: devices, credentials, commands, connections.
+    Operator,
+    /// Brings updates to devices.
+    ReleaseManager,
+    /// Finds out what is wrong with a device, and changes nothing but its connection.
+    Support,
+    /// Sees devices and what they say.
+    Viewer,
+    /// Sees who did what.
+    Auditor,
     /// A device: its own topics and nothing else.
     Device,
     /// What somebody wrote; made by [`crate::role`].
@@ -81,60 +151,299 @@ pub enum Role {
 pub struct CustomRole {
     pub(crate) id: RoleId,
     pub(crate) version: i64,
+    /// Whether it stands above tenants.
+    pub(crate) platform: bool,
     pub(crate) permissions: Vec<Permission>,
+    /// What it says about topics, without what its permissions open.
+    pub(crate) written: Vec<TopicRule>,
     pub(crate) rules: Arc<RuleSet>,
 }
 
 impl Role {
-    /// Names that no role may be given, because they are or will be those of built-in roles.
+    /// Names that no role may be given, because they are those of built-in roles.
     pub const RESERVED: [&str; 8] =
         ["admin", "operator", "release-manager", "support", "viewer", "auditor", "device", "gateway"];
 
+    /// The built-in roles that users and API keys may have.
+    pub const BUILT_IN: [Self; 6] =
+        [Self::Admin, Self::Operator, Self::ReleaseManager, Self::Support, Self::Viewer, Self::Auditor];
+
     /// The built-in role of that name that a user or an API key may have.
     pub fn built_in(name: &str) -> Option<Self> {
-        (name == Self::Admin.name()).then_some(Self::Admin)
+        Self::BUILT_IN.into_iter().find(|role| role.name() == name)
     }
 
     /// The role's name.
     pub fn name(&self) -> &str {
         match self {
             Self::Admin => "admin",
+            Self::Operator => "operator",
+            Self::ReleaseManager => "release-manager",
+            Self::Support => "support",
+            Self::Viewer => "viewer",
+            Self::Auditor => "auditor",
             Self::Device => "device",
             Self::Custom(role) => role.id.as_str(),
         }
     }
 
-    fn holds(&self, permission: Permission) -> bool {
+    /// The name that lasts as long as the program, of a built-in role.
+    pub(crate) fn built_in_name(&self) -> Option<&'static str> {
+        Self::RESERVED.into_iter().find(|name| !matches!(self, Self::Custom(_)) && *name == self.name())
+    }
+
+    /// What it opens.
+    pub fn permissions(&self) -> &[Permission] {
+        use Permission as P;
         match self {
-            Self::Admin => true,
-            Self::Device => false,
-            Self::Custom(role) => role.permissions.contains(&permission),
+            Self::Admin => Permission::ALL,
+            Self::Operator => &[
+                P::DevicesRead,
+                P::DevicesWrite,
+                P::CredentialsManage,
+                P::TelemetryRead,
+                P::LogsRead,
+                P::CommandsSend,
+                P::DeadLettersRead,
+                P::ConnectionsRead,
+                P::ConnectionsManage,
+            ],
+            Self::ReleaseManager => &[
+                P::DevicesRead,
+                P::TelemetryRead,
+                P::LogsRead,
+                P::UpdatesDeploy,
+                P::UpdatesApprove,
+                P::ConnectionsRead,
+            ],
+            Self::Support => &[
+                P::DevicesRead,
+                P::TelemetryRead,
+                P::LogsRead,
+                P::DeadLettersRead,
+                P::ConnectionsRead,
+                P::ConnectionsManage,
+            ],
+            Self::Viewer => &[P::DevicesRead, P::TelemetryRead, P::LogsRead],
+            Self::Auditor => &[P::DevicesRead],
+            Self::Device => &[],
+            Self::Custom(role) => &role.permissions,
         }
     }
 
-    fn topic_rules(&self) -> Arc<RuleSet> {
+    /// The page of the console that whoever has it begins with.
+    pub fn home(&self) -> Home {
         match self {
-            Self::Admin => ADMIN.clone(),
-            Self::Device => DEVICE.clone(),
-            Self::Custom(role) => role.rules.clone(),
+            Self::Admin => Home::Access,
+            Self::Operator => Home::Alerts,
+            Self::ReleaseManager => Home::Rollouts,
+            Self::Auditor => Home::Audit,
+            Self::Support => Home::Devices,
+            Self::Viewer | Self::Device => Home::FleetHealth,
+            Self::Custom(role) => Home::of(&role.permissions),
+        }
+    }
+
+    fn holds(&self, permission: Permission) -> bool {
+        self.permissions().contains(&permission)
+    }
+
+    /// What it says about topics itself, as it is written.
+    pub fn own_rules(&self) -> &[TopicRule] {
+        match self {
+            Self::Admin => &ADMIN_RULES,
+            Self::Device => &DEVICE_RULES,
+            Self::Custom(role) => &role.written,
+            _ => &[],
+        }
+    }
+
+    /// What it says about topics, that of its permissions included, as it is written.
+    pub fn written_rules(&self) -> Vec<TopicRule> {
+        self.own_rules()
+            .iter()
+            .cloned()
+            .chain(self.permissions().iter().flat_map(|permission| permission.topic_rules()))
+            .collect()
+    }
+
+    pub(crate) fn rules(&self) -> Arc<RuleSet> {
+        let place = match self {
+            Self::Custom(role) => return role.rules.clone(),
+            Self::Device => return DEVICE.clone(),
+            built_in => Self::BUILT_IN.iter().position(|role| role == built_in),
+        };
+        BUILT_IN_RULES[place.expect("all others are built in")].clone()
+    }
+}
+
+/// Where a user begins in the console (design §10).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Home {
+    /// Access and system.
+    Access,
+    /// Alerts and devices.
+    Alerts,
+    /// Devices.
+    Devices,
+    /// How the fleet is.
+    FleetHealth,
+    /// Rollouts.
+    Rollouts,
+    /// Who did what.
+    Audit,
+}
+
+impl Home {
+    /// It as answers spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Access => "access",
+            Self::Alerts => "alerts",
+            Self::Devices => "devices",
+            Self::FleetHealth => "fleet-health",
+            Self::Rollouts => "rollouts",
+            Self::Audit => "audit",
+        }
+    }
+
+    fn of(permissions: &[Permission]) -> Self {
+        let has = |permission| permissions.contains(&permission);
+        match () {
+            () if has(Permission::AccessManage) => Self::Access,
+            () if has(Permission::UpdatesDeploy) || has(Permission::UpdatesApprove) => Self::Rollouts,
+            () if has(Permission::CommandsSend) || has(Permission::DevicesWrite) => Self::Alerts,
+            () if has(Permission::TelemetryRead) || has(Permission::DevicesRead) => Self::FleetHealth,
+            () => Self::Devices,
         }
     }
 }
 
-static ADMIN: LazyLock<Arc<RuleSet>> = LazyLock::new(|| {
-    built_in(&[(Action::All, "fleet/v1/{tenant}/#"), (Action::All, "app/{tenant}/#"), (Action::Subscribe, "$SYS/#")])
+static ADMIN_RULES: LazyLock<Vec<TopicRule>> = LazyLock::new(|| {
+    allowed(&[(Action::All, "fleet/v1/{tenant}/#"), (Action::All, "app/{tenant}/#"), (Action::Subscribe, "$SYS/#")])
 });
-static DEVICE: LazyLock<Arc<RuleSet>> = LazyLock::new(|| built_in(&[(Action::All, "fleet/v1/{tenant}/{device}/#")]));
-static NOTHING: LazyLock<Arc<RuleSet>> = LazyLock::new(|| built_in(&[]));
+static DEVICE_RULES: LazyLock<Vec<TopicRule>> =
+    LazyLock::new(|| allowed(&[(Action::All, "fleet/v1/{tenant}/{device}/#")]));
+static DEVICE: LazyLock<Arc<RuleSet>> = LazyLock::new(|| compiled(&Role::Device));
+static BUILT_IN_RULES: LazyLock<Vec<Arc<RuleSet>>> = LazyLock::new(|| Role::BUILT_IN.iter().map(compiled).collect());
+/// Shared by all devices: there are many of them.
+static DEVICE_POLICY: LazyLock<Arc<TopicPolicy>> = LazyLock::new(|| {
+    Arc::new(TopicPolicy { grants: vec![Ruled { rules: DEVICE.clone(), extent: Extent::Everything }], ceiling: None })
+});
 
-fn built_in(allowed: &[(Action, &str)]) -> Arc<RuleSet> {
+fn allowed(rules: &[(Action, &str)]) -> Vec<TopicRule> {
     let rule = |(action, filter): &(Action, &str)| TopicRule {
         effect: Effect::Allow,
         action: *action,
         filter: (*filter).to_owned(),
     };
-    let rules = allowed.iter().map(rule).collect::<Vec<_>>();
+    rules.iter().map(rule).collect()
+}
+
+fn compiled(role: &Role) -> Arc<RuleSet> {
+    let rules = role.written_rules();
     Arc::new(RuleSet::compile(&rules, Reach::Platform).expect("rules written here and tested below"))
+}
+
+/// Where a grant comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// The role of the user itself.
+    User,
+    /// A binding.
+    Binding(BindingId),
+    /// The role of the API key.
+    ApiKey(ApiKeyId),
+}
+
+/// One role that a principal has, and for which devices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    /// Where it comes from.
+    pub source: Source,
+    /// The role.
+    pub role: Role,
+    /// For which devices.
+    pub extent: Extent,
+}
+
+/// All that a user or an API key was given. Cheap to clone.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Grants(Arc<Granted>);
+
+#[derive(Debug, PartialEq, Eq, Default)]
+struct Granted {
+    list: Vec<Grant>,
+    /// What the user of an API key may do: the key is never worth more.
+    ceiling: Option<Grants>,
+}
+
+impl Grants {
+    /// These.
+    pub fn new(list: Vec<Grant>) -> Self {
+        Self(Arc::new(Granted { list, ceiling: None }))
+    }
+
+    /// One role in the whole tenant, or none.
+    pub fn of(role: Option<Role>) -> Self {
+        let grant = |role| Grant { source: Source::User, role, extent: Extent::Everything };
+        Self::new(role.map(grant).into_iter().collect())
+    }
+
+    /// What an API key was given, as far as its user may do that.
+    #[must_use]
+    pub fn within(self, ceiling: Self) -> Self {
+        // An admin of the tenant may do all that can be given.
+        if ceiling.is_admin() {
+            return self;
+        }
+        Self(Arc::new(Granted { list: self.0.list.clone(), ceiling: Some(ceiling) }))
+    }
+
+    /// Each of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Grant> {
+        self.0.list.iter()
+    }
+
+    /// What limits them, when it is an API key's.
+    pub fn ceiling(&self) -> Option<&Self> {
+        self.0.ceiling.as_ref()
+    }
+
+    /// Whether the role admin is among them, for the whole tenant.
+    pub fn is_admin(&self) -> bool {
+        self.0.ceiling.is_none() && self.iter().any(|grant| grant.role == Role::Admin && grant.extent.is_everything())
+    }
+
+    /// The devices for which `permission` is given.
+    pub fn extent(&self, permission: Permission) -> Extent {
+        let holding = self.iter().filter(|grant| grant.role.holds(permission));
+        let own = holding.fold(Extent::NOTHING, |sum, grant| sum.or(&grant.extent));
+        match self.ceiling() {
+            Some(ceiling) if !own.is_nothing() => own.and(&ceiling.extent(permission)),
+            _ => own,
+        }
+    }
+
+    /// Whether what `permission` opens is open, for some devices at least.
+    pub fn may(&self, permission: Permission) -> bool {
+        let extent = self.extent(permission);
+        match permission.about() {
+            About::Devices => !extent.is_nothing(),
+            About::Tenant => extent.is_everything(),
+        }
+    }
+
+    /// Whether they are about all devices, whatever they allow.
+    pub fn is_unscoped(&self) -> bool {
+        self.iter().all(|grant| grant.extent.is_everything()) && self.ceiling().is_none_or(Self::is_unscoped)
+    }
+
+    fn topic_policy(&self) -> Arc<TopicPolicy> {
+        let ruled = |grant: &Grant| Ruled { rules: grant.role.rules(), extent: grant.extent.clone() };
+        let ceiling = self.ceiling().map(Self::topic_policy);
+        Arc::new(TopicPolicy { grants: self.iter().map(ruled).collect(), ceiling })
+    }
 }
 
 /// Whoever stands at a door, proven by a credential.
@@ -177,50 +486,84 @@ pub enum Who {
         id: UserId,
         /// The API key, when it is one that was shown.
         key: Option<ApiKeyId>,
-        /// The role of the user or the API key; without one a user may log in and do nothing else.
-        role: Option<Role>,
+        /// The roles of the user or the API key; without any a user may log in and do nothing else.
+        grants: Grants,
         /// Whether the user stands above tenants; an API key never does.
         platform: bool,
     },
 }
 
 /// In whose name, and within which bounds, access is managed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Manager {
+#[derive(Debug, Clone, Copy)]
+pub struct Manager<'a> {
     /// Users, roles and API keys of this tenant.
     pub tenant: TenantKey,
+    /// The tenant's name.
+    pub tenant_id: &'a TenantId,
     /// Whether roles of the platform may be made and given away too.
     pub platform: bool,
+    /// What the manager has: nobody gives more.
+    pub grants: &'a Grants,
 }
 
+impl Manager<'_> {
+    /// Whether all that `role` allows within `extent` is allowed to the manager, who may give it to others then. What only
+    /// several grants of the manager cover together does not count.
+    pub fn may_give(&self, role: &Role, extent: &Extent) -> bool {
+        if self.platform || self.grants.is_admin() {
+            // A platform role is seen, and so given, by those with platform standing only.
+            return true;
+        }
+        let permitted = |permission: &Permission| self.grants.extent(*permission).covers(extent);
+        let rules = role.written_rules();
+        let mine = self.grants.topic_policy();
+        role.permissions().iter().all(permitted) && rules.iter().all(|rule| mine.covers(rule, extent, self.tenant_id))
+    }
+}
+
+static NO_GRANTS: LazyLock<Grants> = LazyLock::new(Grants::default);
+
 impl Principal {
-    /// The role; a user may be without one.
+    /// What it was given; a device has nothing but its topics.
+    pub fn grants(&self) -> &Grants {
+        match &self.who {
+            Who::Device { .. } => &NO_GRANTS,
+            Who::User { grants, .. } => grants,
+        }
+    }
+
+    /// The role that says most about the principal: that of a device, of an API key, of a user itself; else of its first
+    /// binding.
     pub fn role(&self) -> Option<&Role> {
         match &self.who {
             Who::Device { .. } => Some(&Role::Device),
-            Who::User { role, .. } => role.as_ref(),
+            Who::User { grants, .. } => grants.0.list.first().map(|grant| &grant.role),
         }
     }
 
     /// The bounds within which this principal manages access, if it may at all.
-    pub fn manager(&self) -> Manager {
-        let above = matches!(self.who, Who::User { platform: true, key: None, role: Some(Role::Admin), .. });
-        Manager { tenant: self.tenant, platform: above }
+    pub fn manager(&self) -> Manager<'_> {
+        let above = matches!(&self.who, Who::User { platform: true, key: None, grants, .. } if grants.is_admin());
+        Manager { tenant: self.tenant, tenant_id: &self.tenant_id, platform: above, grants: self.grants() }
     }
 
-    /// Whether this principal may call what `permission` opens.
+    /// Whether this principal may call what `permission` opens, for some devices at least.
     pub fn may(&self, permission: Permission) -> bool {
-        self.role().is_some_and(|role| role.holds(permission))
+        self.grants().may(permission)
     }
 
-    /// The topic rules of this principal. They are compiled once for a role, not for each who has it.
-    pub fn topic_rules(&self) -> TopicRules {
-        let device = match &self.who {
-            Who::Device { id, .. } => Some(id.clone()),
-            Who::User { .. } => None,
+    /// The devices for which this principal may do what `permission` opens.
+    pub fn extent(&self, permission: Permission) -> Extent {
+        self.grants().extent(permission)
+    }
+
+    /// The topic rules of this principal; `devices` tells which of them are in scope.
+    pub fn topic_rules(&self, devices: &Arc<Directory>) -> TopicRules {
+        let (policy, device) = match &self.who {
+            Who::Device { id, .. } => (DEVICE_POLICY.clone(), Some(id.clone())),
+            Who::User { grants, .. } => (grants.topic_policy(), None),
         };
-        let rules = self.role().map_or_else(|| NOTHING.clone(), Role::topic_rules);
-        TopicRules::new(rules, self.tenant_id.clone(), device)
+        TopicRules::new(policy, self.tenant_id.clone(), device, devices.clone())
     }
 }
 
@@ -238,12 +581,16 @@ mod tests {
     }
 
     fn user(role: Option<Role>) -> Who {
-        Who::User { id: UserId::new(), key: None, role, platform: false }
+        Who::User { id: UserId::new(), key: None, grants: Grants::of(role), platform: false }
+    }
+
+    fn rules(principal: &Principal) -> TopicRules {
+        principal.topic_rules(&Arc::default())
     }
 
     #[test]
     fn a_device_may_use_its_own_subtree_and_nothing_else() {
-        let rules = device("boiler-1").topic_rules();
+        let rules = rules(&device("boiler-1"));
         for own in ["fleet/v1/main/boiler-1/telemetry", "fleet/v1/main/boiler-1/commands/7/response"] {
             assert!(rules.may_publish(own), "{own}");
             assert!(rules.may_subscribe(own), "{own}");
@@ -265,16 +612,16 @@ mod tests {
     fn a_device_has_no_permission_and_a_user_without_a_role_has_none_either() {
         let nobody = Principal { who: user(None), ..device("d") };
         for permission in Permission::ALL {
-            assert!(!device("d").may(permission));
-            assert!(!nobody.may(permission));
+            assert!(!device("d").may(*permission));
+            assert!(!nobody.may(*permission));
         }
-        assert!(!nobody.topic_rules().may_subscribe("fleet/v1/main/x/telemetry"));
+        assert!(!rules(&nobody).may_subscribe("fleet/v1/main/x/telemetry"));
     }
 
     #[test]
     fn an_admin_stays_in_the_tenant() {
         let admin = Principal { who: user(Some(Role::Admin)), ..device("d") };
-        let rules = admin.topic_rules();
+        let rules = rules(&admin);
         assert!(rules.may_subscribe("fleet/v1/main/+/telemetry"));
         assert!(rules.may_subscribe("$SYS/#"));
         assert!(!rules.may_publish("$SYS/broker/x"));

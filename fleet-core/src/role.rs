@@ -2,7 +2,8 @@
 //!
 //! Made by [`create`], changed whole by [`replace`], ended by [`delete`], given to users and API keys; [`Roles`] brings
 //! one to a principal. Holds: a tenant's role reaches the tenant's topics only, which is checked when it is written and
-//! again when it is loaded; a role whose rules do not pass then grants nothing. A role in use is not deleted. Roles of the
+//! again when it is loaded; a role whose rules do not pass then grants nothing. A role in use is not deleted. Nobody writes, changes or
+//! gives a role that allows more than they may do themselves. Roles of the
 //! platform exist only for who has platform standing (ADR 7). Ignorant of: HTTP.
 
 use std::collections::HashMap;
@@ -18,6 +19,7 @@ use crate::control;
 use crate::error::{Error, OrOn, Result, check_version};
 use crate::id::{RoleId, RoleKey, TenantId, TenantKey};
 use crate::policy::{CustomRole, Manager, Permission, Role};
+use crate::scope::Extent;
 use crate::topic_rule::{Reach, RuleSet, TopicRule};
 
 /// Most roles on a page.
@@ -46,6 +48,12 @@ pub struct Stored {
     pub updated_at: DateTime<Utc>,
 }
 
+impl Stored {
+    fn grants(&self) -> Grants {
+        Grants { permissions: self.permissions.clone(), topic_rules: self.topic_rules.clone() }
+    }
+}
+
 /// A role to be made.
 #[derive(Debug, Clone)]
 pub struct NewRole {
@@ -68,7 +76,7 @@ pub struct Grants {
 
 impl Grants {
     fn names(&self) -> Vec<String> {
-        let names = Permission::ALL.into_iter().filter(|permission| self.permissions.contains(permission));
+        let names = Permission::ALL.iter().filter(|permission| self.permissions.contains(permission));
         names.map(|permission| permission.name().to_owned()).collect()
     }
 
@@ -81,10 +89,20 @@ impl Grants {
     }
 }
 
+/// Refuses a role that allows more than its author may do.
+fn check_may_give(by: Manager<'_>, id: &RoleId, grants: &Grants, platform: bool) -> Result<()> {
+    let role = compile(id, 0, platform, grants, by.tenant_id);
+    if by.may_give(&Role::Custom(Arc::new(role)), &Extent::Everything) {
+        Ok(())
+    } else {
+        Err(Error::Exceeds(id.clone()))
+    }
+}
+
 /// Makes a role. To be called in a transaction.
 pub async fn create(
     db: &mut PgConnection,
-    by: Manager,
+    by: Manager<'_>,
     new: &NewRole,
     auth: &Auth,
     now: DateTime<Utc>,
@@ -93,7 +111,8 @@ pub async fn create(
         return Err(Error::NotPlatform("make roles of the platform"));
     }
     let owner = (!new.platform).then_some(by.tenant);
-    new.grants.check(reach(owner, &tenant_id(db, by.tenant).await?), auth)?;
+    new.grants.check(reach(owner, by.tenant_id), auth)?;
+    check_may_give(by, &new.id, &new.grants, new.platform)?;
     if Role::RESERVED.contains(&new.id.as_str()) {
         return Err(Error::RoleExists(new.id.clone()));
     }
@@ -154,7 +173,7 @@ pub(crate) async fn lock(db: &mut PgConnection, tenant: Option<TenantKey>) -> Re
 }
 
 /// The role of that name, as far as it exists for whoever asks.
-pub async fn find(db: &mut PgConnection, by: Manager, id: &RoleId) -> Result<Stored> {
+pub async fn find(db: &mut PgConnection, by: Manager<'_>, id: &RoleId) -> Result<Stored> {
     let key = sqlx::query_scalar!(
         r#"
         select key as "key: RoleKey"
@@ -208,7 +227,7 @@ async fn read(db: &mut PgConnection, keys: &[i64]) -> Result<Vec<Stored>> {
 /// platform standing the platform's.
 pub async fn page(
     db: &mut PgConnection,
-    by: Manager,
+    by: Manager<'_>,
     after: Option<&RoleId>,
     limit: usize,
 ) -> Result<(Vec<Stored>, Option<RoleId>)> {
@@ -238,7 +257,7 @@ pub async fn page(
 /// Writes a role anew: as it was, and as it is, if its version is one of `expected` or none is. To be called in a transaction.
 pub async fn replace(
     db: &mut PgConnection,
-    by: Manager,
+    by: Manager<'_>,
     id: &RoleId,
     grants: &Grants,
     expected: &[i64],
@@ -247,7 +266,8 @@ pub async fn replace(
 ) -> Result<(Stored, Stored)> {
     let role = locked(db, by, id, expected).await?;
     let owner = (!role.platform).then_some(by.tenant);
-    grants.check(reach(owner, &tenant_id(db, by.tenant).await?), auth)?;
+    grants.check(reach(owner, by.tenant_id), auth)?;
+    check_may_give(by, id, grants, role.platform)?;
     sqlx::query!(
         "
         update role
@@ -268,7 +288,7 @@ pub async fn replace(
 
 /// Ends a role that nobody has, if its version is one of `expected` or none is; answers what it was. To be called in a
 /// transaction.
-pub async fn delete(db: &mut PgConnection, by: Manager, id: &RoleId, expected: &[i64]) -> Result<Stored> {
+pub async fn delete(db: &mut PgConnection, by: Manager<'_>, id: &RoleId, expected: &[i64]) -> Result<Stored> {
     let role = locked(db, by, id, expected).await?;
     let deleted = sqlx::query!("delete from role where key = $1", role.key.0).execute(&mut *db).await;
     match deleted {
@@ -281,36 +301,47 @@ pub async fn delete(db: &mut PgConnection, by: Manager, id: &RoleId, expected: &
 }
 
 /// The role, which stands still until the transaction ends, as does who has it.
-async fn locked(db: &mut PgConnection, by: Manager, id: &RoleId, expected: &[i64]) -> Result<Stored> {
+async fn locked(db: &mut PgConnection, by: Manager<'_>, id: &RoleId, expected: &[i64]) -> Result<Stored> {
     if Role::RESERVED.contains(&id.as_str()) {
         return Err(Error::RoleBuiltIn(id.clone()));
     }
     let found = find(db, by, id).await?;
     lock(db, (!found.platform).then_some(by.tenant)).await?;
     let role = find(db, by, id).await?;
+    check_may_give(by, id, &role.grants(), role.platform)?;
     check_version(role.version, expected)?;
     Ok(role)
 }
 
-/// A role that may be given to a user or an API key, as their rows name it.
-#[derive(Debug, Clone, Copy)]
+/// A role that may be given to a user or an API key.
+#[derive(Debug, Clone)]
 pub(crate) struct Assignable {
-    pub(crate) built_in: Option<&'static str>,
+    pub(crate) role: Role,
     pub(crate) key: Option<i64>,
 }
 
-/// The role of that name, for whoever may give it away.
-pub(crate) async fn assignable(db: &mut PgConnection, by: Manager, id: &RoleId) -> Result<Assignable> {
-    if id.as_str() == Role::Admin.name() {
-        return Ok(Assignable { built_in: Some("admin"), key: None });
+impl Assignable {
+    /// The name of a built-in one, as rows have it.
+    pub(crate) fn built_in(&self) -> Option<&'static str> {
+        self.role.built_in_name()
     }
-    let role = find(db, by, id).await?;
-    Ok(Assignable { built_in: None, key: Some(role.key.0) })
 }
 
-async fn tenant_id(db: &mut PgConnection, tenant: TenantKey) -> Result<TenantId> {
-    let id = sqlx::query_scalar!(r#"select id as "id: TenantId" from tenant where key = $1"#, tenant.0);
-    Ok(id.fetch_one(db).await?)
+/// The role of that name, for whoever may give it away for these devices.
+pub(crate) async fn assignable(
+    db: &mut PgConnection,
+    by: Manager<'_>,
+    id: &RoleId,
+    extent: &Extent,
+) -> Result<Assignable> {
+    let found = if let Some(role) = Role::built_in(id.as_str()) {
+        Assignable { role, key: None }
+    } else {
+        let stored = find(db, by, id).await?;
+        let role = compile(&stored.id, stored.version, stored.platform, &stored.grants(), by.tenant_id);
+        Assignable { role: Role::Custom(Arc::new(role)), key: Some(stored.key.0) }
+    };
+    if by.may_give(&found.role, extent) { Ok(found) } else { Err(Error::Exceeds(id.clone())) }
 }
 
 fn reach(owner: Option<TenantKey>, tenant: &TenantId) -> Reach<'_> {
@@ -342,7 +373,7 @@ impl Roles {
             return Ok(Some(Role::Custom(role)));
         }
         let Some(stored) = by_key(db, key).await? else { return Ok(None) };
-        let role = Arc::new(compile(&stored, tenant));
+        let role = Arc::new(compile(&stored.id, stored.version, stored.platform, &stored.grants(), tenant));
         let mut compiled = self.compiled.lock();
         if compiled.len() >= MAX_COMPILED {
             compiled.clear();
@@ -352,16 +383,21 @@ impl Roles {
     }
 }
 
-fn compile(stored: &Stored, tenant: &TenantId) -> CustomRole {
-    let reach = if stored.platform { Reach::Platform } else { Reach::Tenant(tenant) };
-    let rules = RuleSet::compile(&stored.topic_rules, reach).unwrap_or_else(|error| {
-        tracing::error!(role.id = %stored.id, %error, "a stored role is not valid and grants no topic");
+/// Ready to be asked: its own topic rules and those of its permissions.
+fn compile(id: &RoleId, version: i64, platform: bool, grants: &Grants, tenant: &TenantId) -> CustomRole {
+    let reach = if platform { Reach::Platform } else { Reach::Tenant(tenant) };
+    let opened = grants.permissions.iter().flat_map(|permission| permission.topic_rules());
+    let rules = grants.topic_rules.iter().cloned().chain(opened).collect::<Vec<_>>();
+    let rules = RuleSet::compile(&rules, reach).unwrap_or_else(|error| {
+        tracing::error!(role.id = %id, %error, "a stored role is not valid and grants no topic");
         RuleSet::default()
     });
     CustomRole {
-        id: stored.id.clone(),
-        version: stored.version,
-        permissions: stored.permissions.clone(),
+        id: id.clone(),
+        version,
+        platform,
+        permissions: grants.permissions.clone(),
+        written: grants.topic_rules.clone(),
         rules: Arc::new(rules),
     }
 }

@@ -25,9 +25,10 @@ use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
 use crate::clock::from_ms;
-use crate::id::{ApiKeyId, DeviceId, DeviceKey, RoleKey, SessionId, TenantId, TenantKey, UserId};
-use crate::policy::{Principal, Proof, Who};
-use crate::role::{Named, Roles};
+use crate::id::{ApiKeyId, DeviceId, DeviceKey, SessionId, TenantId, TenantKey, UserId};
+use crate::policy::{Grants, Principal, Proof, Who};
+use crate::role::Roles;
+use crate::standing::{self, Asked, Standing};
 use crate::{Error, Result};
 
 pub(crate) use self::message::qos;
@@ -326,7 +327,7 @@ pub async fn unsubscribe(db: &mut PgConnection, unwanted: &[(SessionId, String)]
 
 /// All sessions, in the order of their ids; for the start of the server, before anything else is called. Also removes
 /// what sessions that went with their owners have left.
-pub async fn load(db: &mut PgConnection) -> Result<Vec<Stored>> {
+pub async fn load(db: &mut PgConnection, now: DateTime<Utc>) -> Result<Vec<Stored>> {
     queue::sweep(db).await?;
     let mut subscriptions = subscriptions(db).await?;
     let mut sums = queue::sums(db).await?;
@@ -334,32 +335,28 @@ pub async fn load(db: &mut PgConnection) -> Result<Vec<Stored>> {
         r#"
         select s.id as "id: SessionId", s.name, s.tenant_key as "tenant_key: TenantKey", t.id as "tenant_id: TenantId",
                s.device_key as "device_key: DeviceKey", d.id as "device_id?: DeviceId",
-               s.user_id as "user_id: UserId", s.api_key_id as "api_key_id: ApiKeyId", u.platform as "platform?",
-               case when k.id is null then u.role else k.role end as role,
-               r.key as "role_key?: RoleKey", r.version as "role_version?", s.client_id, s.expiry_s, s.connected, s.expires_at,
+               s.user_id as "user_id: UserId", s.api_key_id as "api_key_id: ApiKeyId", s.client_id, s.expiry_s, s.connected, s.expires_at,
                s.will as "will: Json<Will>", s.last_offset, s.sent_to, s.dropped
           from session s
           join tenant t on t.key = s.tenant_key
      left join device d on d.key = s.device_key
-     left join app_user u on u.id = s.user_id
-     left join api_key k on k.id = s.api_key_id
-     left join role r on r.key = case when k.id is null then u.role_key else k.role_key end
       order by s.id
         "#
     )
     .fetch_all(&mut *db)
     .await?;
-    let roles = Roles::default();
+    let users = rows.iter().filter_map(|row| Some(Asked { user: row.user_id?, key: row.api_key_id, session: None }));
+    let users = users.collect::<Vec<_>>();
+    let mut standings = standing::of_many(db, &Roles::default(), &users, now).await?.into_iter();
     let mut sessions = Vec::with_capacity(rows.len());
     for row in rows {
-        let named = Named { built_in: row.role, custom: row.role_key.zip(row.role_version) };
-        let role = roles.load(db, &row.tenant_id, named).await?;
         let who = match (row.device_key, row.device_id, row.user_id) {
             (Some(key), Some(id), _) => Who::Device { key, id },
-            (_, _, Some(id)) => {
-                let platform = row.api_key_id.is_none() && row.platform.unwrap_or(false);
-                Who::User { id, key: row.api_key_id, role, platform }
-            }
+            // Who may not come in has no rights for the time being.
+            (_, _, Some(id)) => match standings.next().and_then(Standing::principal) {
+                Some(principal) => principal.who,
+                None => Who::User { id, key: row.api_key_id, grants: Grants::default(), platform: false },
+            },
             _ => return Err(Error::Internal(format!("session {} has no owner", row.id))),
         };
         let (queued, queued_bytes) = sums.remove(&row.id).unwrap_or_default();

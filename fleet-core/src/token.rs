@@ -221,7 +221,7 @@ mod tests {
     use crate::clock::from_ms;
     use crate::config::{Config, Environment};
     use crate::login_session::{self, Method, Origin};
-    use crate::policy::{Role, Who};
+    use crate::policy::{Grants, Role, Who};
     use crate::testing::TestDb;
     use crate::user;
 
@@ -265,7 +265,10 @@ mod tests {
         assert_eq!(issued.expires_in_s, 900);
         let token = issued.token.expose();
         let found = principal(&mut *conn(&db).await, &keys, token, from_ms(NOON + 899_000)).await.unwrap();
-        assert_eq!(found.who, Who::User { id: login.user, key: None, role: Some(Role::Admin), platform: true });
+        assert_eq!(
+            found.who,
+            Who::User { id: login.user, key: None, grants: Grants::of(Some(Role::Admin)), platform: true }
+        );
         assert_eq!(found.tenant, db.tenant());
         assert_eq!(refusal(&db, &keys, token, from_ms(NOON + 900_000)).await, "expired");
     }
@@ -331,7 +334,7 @@ mod tests {
         let token = keys.sign(&login).unwrap().token;
         sqlx::query!("update app_user set role = null").execute(db.pool()).await.unwrap();
         let found = principal(&mut *conn(&db).await, &keys, token.expose(), clock.now()).await.unwrap();
-        assert_eq!(found.who, Who::User { id: login.user, key: None, role: None, platform: true });
+        assert_eq!(found.who, Who::User { id: login.user, key: None, grants: Grants::default(), platform: true });
         sqlx::query!("update app_user set disabled = true").execute(db.pool()).await.unwrap();
         assert_eq!(refusal(&db, &keys, token.expose(), clock.now()).await, "its user is gone or disabled");
         sqlx::query!("delete from app_user").execute(db.pool()).await.unwrap();

@@ -1,7 +1,7 @@
 //! Topic rules: what a role says about topics, and the compiled form the MQTT door asks.
 //!
 //! [`TopicRule`]s are what people write; [`RuleSet::compile`] checks them and makes the form that is shared by every
-//! connection of a role; [`TopicRules`] is that with the names of one principal. Holds: nothing is allowed that no rule
+//! connection of a role; [`TopicRules`] are those of all roles of one principal, each within its scope, with its names. Holds: nothing is allowed that no rule
 //! allows, and a deny rule wins over any allow rule. A tenant's rules reach the tenant's topics only, which is checked
 //! when they are compiled, so both when a role is written and when it is used. Ignorant of: who has which role.
 
@@ -9,8 +9,10 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::directory::Directory;
 use crate::filter_set::{DEVICE, FilterSet, Names, TENANT};
 use crate::id::{DeviceId, TenantId};
+use crate::scope::Extent;
 use crate::topic;
 
 /// Longest filter of a rule, in bytes.
@@ -136,52 +138,210 @@ impl RuleSet {
     }
 }
 
+/// The rules of one role that a principal has, and the devices they hold for.
+#[derive(Debug)]
+pub(crate) struct Ruled {
+    pub(crate) rules: Arc<RuleSet>,
+    pub(crate) extent: Extent,
+}
+
+/// The rules of all roles that a principal has.
+#[derive(Debug)]
+pub(crate) struct TopicPolicy {
+    pub(crate) grants: Vec<Ruled>,
+    /// What must allow it too.
+    pub(crate) ceiling: Option<Arc<TopicPolicy>>,
+}
+
+/// A topic, or a filter, and what is needed to judge it.
+struct Asked<'a> {
+    topic: &'a str,
+    names: &'a Names,
+    devices: &'a Directory,
+}
+
+impl Asked<'_> {
+    fn is_within(&self, extent: &Extent) -> bool {
+        self.devices.is_within(extent, &self.names.tenant, self.topic)
+    }
+}
+
+impl TopicPolicy {
+    fn may_publish(&self, asked: &Asked<'_>) -> bool {
+        self.allows(asked, |rules| (&rules.allow_publish, &rules.deny_publish))
+            && self.ceiling.as_ref().is_none_or(|ceiling| ceiling.may_publish(asked))
+    }
+
+    fn may_receive(&self, asked: &Asked<'_>) -> bool {
+        self.allows(asked, |rules| (&rules.allow_subscribe, &rules.deny_subscribe))
+            && self.ceiling.as_ref().is_none_or(|ceiling| ceiling.may_receive(asked))
+    }
+
+    /// Some role whose scope the device is in allows it, and none denies it. Which of a role's filters are asked, `of` says.
+    fn allows(&self, asked: &Asked<'_>, of: fn(&RuleSet) -> (&FilterSet, &FilterSet)) -> bool {
+        let Asked { topic, names, .. } = asked;
+        let mut allowed = false;
+        for Ruled { rules, extent } in &self.grants {
+            let (allow, deny) = of(rules);
+            if !allowed && allow.matches(topic, names) && asked.is_within(extent) {
+                allowed = true;
+            }
+            if deny.matches(topic, names) && asked.is_within(extent) {
+                return false;
+            }
+        }
+        allowed
+    }
+
+    fn may_subscribe(&self, asked: &Asked<'_>) -> bool {
+        let Asked { topic, names, .. } = asked;
+        let mut allowed = false;
+        for Ruled { rules, extent } in &self.grants {
+            allowed |= rules.allow_subscribe.covers(topic, names) && Self::reaches(asked, extent);
+            if extent.is_everything() && rules.deny_subscribe.covers(topic, names) {
+                return false;
+            }
+        }
+        allowed && self.ceiling.as_ref().is_none_or(|ceiling| ceiling.may_subscribe(asked))
+    }
+
+    /// Whether a filter can bring anything from within an extent: one that names a device, only if that is in it.
+    fn reaches(asked: &Asked<'_>, extent: &Extent) -> bool {
+        let Some(below) = asked.topic.strip_prefix(topic::ROOT) else { return true };
+        matches!(below.split('/').nth(1), Some("+" | "#")) || asked.is_within(extent)
+    }
+
+    /// What must be asked of each message of a subscription.
+    fn watch(&self, asked: &Asked<'_>) -> Watch {
+        let Asked { topic, names, .. } = asked;
+        let whole = |ruled: &Ruled| ruled.extent.is_everything() && ruled.rules.allow_subscribe.covers(topic, names);
+        let own = if !self.grants.iter().any(whole) {
+            Watch::Everything
+        } else if self.grants.iter().any(|ruled| ruled.rules.deny_subscribe.overlaps(topic, names)) {
+            Watch::Denials
+        } else {
+            Watch::Nothing
+        };
+        own.max(self.ceiling.as_ref().map_or(Watch::Nothing, |ceiling| ceiling.watch(asked)))
+    }
+
+    fn is_unscoped(&self) -> bool {
+        self.grants.iter().all(|ruled| ruled.extent.is_everything())
+            && self.ceiling.as_ref().is_none_or(|ceiling| ceiling.is_unscoped())
+    }
+
+    fn denies_receiving(&self, asked: &Asked<'_>) -> bool {
+        let denies = |ruled: &Ruled| {
+            ruled.rules.deny_subscribe.matches(asked.topic, asked.names) && asked.is_within(&ruled.extent)
+        };
+        self.grants.iter().any(denies) || self.ceiling.as_ref().is_some_and(|ceiling| ceiling.denies_receiving(asked))
+    }
+
+    /// Whether whoever has these may give away what a rule allows within an extent.
+    pub(crate) fn covers(&self, rule: &TopicRule, extent: &Extent, tenant: &TenantId) -> bool {
+        if rule.effect == Effect::Deny {
+            return true;
+        }
+        let names = Names { tenant: tenant.clone(), device: None };
+        let levels = rule.filter.split('/').map(|level| match level {
+            TENANT => tenant.as_str(),
+            DEVICE => "+",
+            level => level,
+        });
+        let filter = levels.collect::<Vec<_>>().join("/");
+        let covers = |of: fn(&RuleSet) -> (&FilterSet, &FilterSet)| {
+            let within = |ruled: &Ruled| ruled.extent.covers(extent) && of(&ruled.rules).0.covers(&filter, &names);
+            self.grants.iter().any(within)
+                && !self.grants.iter().any(|ruled| of(&ruled.rules).1.overlaps(&filter, &names))
+        };
+        let publishes = || covers(|rules| (&rules.allow_publish, &rules.deny_publish));
+        let subscribes = || covers(|rules| (&rules.allow_subscribe, &rules.deny_subscribe));
+        (rule.action == Action::Subscribe || publishes())
+            && (rule.action == Action::Publish || subscribes())
+            && self.ceiling.as_ref().is_none_or(|ceiling| ceiling.covers(rule, extent, tenant))
+    }
+}
+
 /// The topic rules of one principal. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct TopicRules {
-    rules: Arc<RuleSet>,
+    policy: Arc<TopicPolicy>,
     names: Arc<Names>,
+    devices: Arc<Directory>,
 }
 
 impl TopicRules {
     /// The rules for who bears these names; without a device, rules with `{device}` say nothing.
-    pub(crate) fn new(rules: Arc<RuleSet>, tenant: TenantId, device: Option<DeviceId>) -> Self {
-        Self { rules, names: Arc::new(Names { tenant, device }) }
+    pub(crate) fn new(
+        policy: Arc<TopicPolicy>,
+        tenant: TenantId,
+        device: Option<DeviceId>,
+        devices: Arc<Directory>,
+    ) -> Self {
+        Self { policy, names: Arc::new(Names { tenant, device }), devices }
+    }
+
+    fn asked<'a>(&'a self, topic: &'a str) -> Asked<'a> {
+        Asked { topic, names: &self.names, devices: &self.devices }
     }
 
     /// Whether the principal may publish to the topic `name`.
     pub fn may_publish(&self, name: &str) -> bool {
-        self.rules.allow_publish.matches(name, &self.names) && !self.rules.deny_publish.matches(name, &self.names)
+        self.policy.may_publish(&self.asked(name))
     }
 
     /// Whether the principal may subscribe to `filter` (without `$share/{group}/`): some allow rule covers every topic
     /// the filter can match, and no deny rule covers them all. A deny rule that covers some of them does not refuse the
-    /// subscription; [`TopicRules::delivery_guard`] then keeps those messages back.
+    /// subscription, nor does a scope that only some of the devices are in; [`TopicRules::delivery_guard`] then keeps those
+    /// messages back. A filter that names a device out of scope is refused.
     pub fn may_subscribe(&self, filter: &str) -> bool {
-        self.rules.allow_subscribe.covers(filter, &self.names) && !self.rules.deny_subscribe.covers(filter, &self.names)
+        self.policy.may_subscribe(&self.asked(filter))
     }
 
     /// Whether the principal may receive a message on this topic: one that has waited may have outlived the right to it.
     pub fn may_receive(&self, name: &str) -> bool {
-        self.rules.allow_subscribe.matches(name, &self.names) && !self.rules.deny_subscribe.matches(name, &self.names)
+        self.policy.may_receive(&self.asked(name))
+    }
+
+    /// Whether what was decided once holds as long as the rules do: no device is asked about.
+    pub fn is_unscoped(&self) -> bool {
+        self.policy.is_unscoped()
     }
 
     /// What stands between a subscription to `filter` (without `$share/{group}/`) and its messages: nothing, unless a
-    /// deny rule overlaps with the filter. To be asked once for each subscription.
+    /// deny rule overlaps with the filter, or it is allowed for some devices only. To be asked once for each subscription.
     pub fn delivery_guard(&self, filter: &str) -> Option<Guard> {
-        self.rules.deny_subscribe.overlaps(filter, &self.names).then(|| Guard(self.clone()))
+        let watch = self.policy.watch(&self.asked(filter));
+        (watch != Watch::Nothing).then(|| Guard { rules: self.clone(), watch })
     }
 }
 
-/// Keeps back what a deny rule takes out of a subscription. Cheap to clone.
+/// What a guard has to ask of each message; each asks more than the one before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Watch {
+    Nothing,
+    /// Whether a rule denies it.
+    Denials,
+    /// Whether a rule allows it at all.
+    Everything,
+}
+
+/// Keeps back what a deny rule or a scope takes out of a subscription. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Guard(TopicRules);
+pub struct Guard {
+    rules: TopicRules,
+    watch: Watch,
+}
 
 impl Guard {
     /// Whether a message on `topic`, which the filter of the subscription matches, may be delivered.
     pub fn allows(&self, topic: &str) -> bool {
-        let TopicRules { rules, names } = &self.0;
-        !rules.deny_subscribe.matches(topic, names)
+        let asked = self.rules.asked(topic);
+        match self.watch {
+            Watch::Nothing => true,
+            Watch::Denials => !self.rules.policy.denies_receiving(&asked),
+            Watch::Everything => self.rules.policy.may_receive(&asked),
+        }
     }
 }
 
@@ -202,8 +362,9 @@ mod tests {
     }
 
     fn compiled(rules: &[TopicRule], names: Names) -> TopicRules {
-        let set = RuleSet::compile(rules, Reach::Platform).unwrap();
-        TopicRules::new(Arc::new(set), names.tenant, names.device)
+        let rules = Arc::new(RuleSet::compile(rules, Reach::Platform).unwrap());
+        let policy = TopicPolicy { grants: vec![Ruled { rules, extent: Extent::Everything }], ceiling: None };
+        TopicRules::new(Arc::new(policy), names.tenant, names.device, Arc::default())
     }
 
     fn any_rule() -> impl Strategy<Value = TopicRule> {
@@ -243,10 +404,11 @@ mod tests {
 
             let denied = wanted.iter().filter(|topic| one_matches(&deny, topic)).count();
             let guard = compiled.delivery_guard(&asked);
-            prop_assert_eq!(guard.is_some(), denied > 0);
+            prop_assert_eq!(guard.is_some(), denied > 0 || !covered(&allow));
             if let Some(guard) = guard {
                 for topic in &wanted {
-                    prop_assert_eq!(guard.allows(topic), !one_matches(&deny, topic), "{}", topic);
+                    let expected = one_matches(&allow, topic) && !one_matches(&deny, topic);
+                    prop_assert_eq!(guard.allows(topic), expected, "{}", topic);
                 }
             }
         }

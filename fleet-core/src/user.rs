@@ -22,7 +22,8 @@ use crate::error::{Error, OrOn, Result, check_version};
 use crate::id::{RoleId, TenantId, TenantKey, UserId};
 use crate::policy::Manager;
 use crate::role::{self, Assignable};
-use crate::{control, database, login_session};
+use crate::scope::Extent;
+use crate::{control, database, login_session, standing};
 
 /// Logins that may wait for one of the hashes being computed; one more is refused with [`Error::Busy`].
 pub const LOGIN_QUEUE: usize = 16;
@@ -217,7 +218,7 @@ pub async fn page(
 /// Makes a user. To be called in a transaction.
 pub async fn create(
     db: &mut PgConnection,
-    by: Manager,
+    by: Manager<'_>,
     new: &NewUser,
     auth: &Auth,
     now: DateTime<Utc>,
@@ -239,8 +240,8 @@ pub async fn create(
         by.tenant.0,
         checked_email(&new.email)?,
         new.password_hash,
-        role.and_then(|role| role.built_in),
-        role.and_then(|role| role.key),
+        role.as_ref().and_then(Assignable::built_in),
+        role.as_ref().and_then(|role| role.key),
         new.platform,
         new.disabled,
         now
@@ -254,7 +255,7 @@ pub async fn create(
 /// Changes a user: as it was, and as it is, if its version is one of `expected` or none is. To be called in a transaction.
 pub async fn update(
     db: &mut PgConnection,
-    by: Manager,
+    by: Manager<'_>,
     id: UserId,
     patch: &Patch,
     expected: &[i64],
@@ -283,8 +284,8 @@ pub async fn update(
         id.uuid(),
         patch.email.as_deref().map(checked_email).transpose()?,
         patch.password_hash,
-        role.and_then(|role| role.built_in),
-        role.and_then(|role| role.key),
+        role.as_ref().and_then(Assignable::built_in),
+        role.as_ref().and_then(|role| role.key),
         platform,
         patch.disabled,
         now
@@ -302,7 +303,7 @@ pub async fn update(
 }
 
 /// Deletes a user with its API keys, if its version is one of `expected` or none is; answers what it was. To be called in a transaction.
-pub async fn delete(db: &mut PgConnection, by: Manager, id: UserId, expected: &[i64]) -> Result<User> {
+pub async fn delete(db: &mut PgConnection, by: Manager<'_>, id: UserId, expected: &[i64]) -> Result<User> {
     let old = locked(db, by, id, expected).await?;
     sqlx::query!("delete from app_user where id = $1", id.uuid()).execute(&mut *db).await?;
     check_somebody_is_left(db, by.tenant, &old, None).await?;
@@ -310,24 +311,29 @@ pub async fn delete(db: &mut PgConnection, by: Manager, id: UserId, expected: &[
     Ok(old)
 }
 
-/// The user, if `by` may manage its access: who stands above is for those who do too.
-pub async fn manageable(db: &mut PgConnection, by: Manager, id: UserId) -> Result<User> {
+/// The user, if `by` may manage its access: who stands above is for those who do too, and who may do more for nobody.
+pub async fn manageable(db: &mut PgConnection, by: Manager<'_>, id: UserId) -> Result<User> {
     let user = find_in(db, by.tenant, id).await?;
     if user.is_above() && !by.platform {
         return Err(Error::NotPlatform("change a user who has it, or who has a role of the platform"));
+    }
+    // Else a new password would make anyone an admin.
+    let grants = standing::grants(db, &role::Roles::default(), id).await?;
+    if !grants.iter().all(|grant| by.may_give(&grant.role, &grant.extent)) {
+        return Err(Error::Above);
     }
     Ok(user)
 }
 
 /// The user, who stands still until the transaction ends.
-async fn locked(db: &mut PgConnection, by: Manager, id: UserId, expected: &[i64]) -> Result<User> {
+async fn locked(db: &mut PgConnection, by: Manager<'_>, id: UserId, expected: &[i64]) -> Result<User> {
     role::lock(db, Some(by.tenant)).await?;
     let user = manageable(db, by, id).await?;
     check_version(user.version, expected)?;
     Ok(user)
 }
 
-fn check_standing(by: Manager, platform: bool, role: Option<&RoleId>) -> Result<()> {
+fn check_standing(by: Manager<'_>, platform: bool, role: Option<&RoleId>) -> Result<()> {
     if platform && !by.platform {
         return Err(Error::NotPlatform("give it to others"));
     }
@@ -337,9 +343,9 @@ fn check_standing(by: Manager, platform: bool, role: Option<&RoleId>) -> Result<
     Ok(())
 }
 
-async fn assigned(db: &mut PgConnection, by: Manager, role: Option<&RoleId>) -> Result<Option<Assignable>> {
+async fn assigned(db: &mut PgConnection, by: Manager<'_>, role: Option<&RoleId>) -> Result<Option<Assignable>> {
     match role {
-        Some(role) => role::assignable(db, by, role).await.map(Some),
+        Some(role) => role::assignable(db, by, role, &Extent::Everything).await.map(Some),
         None => Ok(None),
     }
 }

@@ -7,12 +7,14 @@ use chrono::{DateTime, Utc};
 use fleet_core::api_key::{self, ApiKey, NewApiKey};
 use fleet_core::audit::Entry;
 use fleet_core::id::{ApiKeyId, RoleId, UserId};
+use fleet_core::scope::Scope;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::extract::{AccessManage, Can, Json, Once, Path, Query};
 use crate::page::{Cursor, Page, Paging, PagingQuery};
 use crate::problem::{Document, Problem};
+use crate::routes::bindings::ScopeBody;
 use crate::state::App;
 use crate::time;
 
@@ -32,6 +34,9 @@ pub(crate) struct ApiKeyBody {
     /// Its role.
     #[schema(example = "order-service")]
     role: String,
+    /// For which devices it has the role.
+    #[schema(value_type = ScopeBody)]
+    scope: Scope,
     /// When it was made.
     #[serde(serialize_with = "time::serialize")]
     created_at: DateTime<Utc>,
@@ -42,8 +47,8 @@ pub(crate) struct ApiKeyBody {
 
 impl ApiKeyBody {
     fn new(key: ApiKey) -> Self {
-        let ApiKey { id, name, user, role, created_at, expires_at } = key;
-        Self { id, name, user, role, created_at, expires_at }
+        let ApiKey { id, name, user, role, scope, created_at, expires_at } = key;
+        Self { id, name, user, role, scope, created_at, expires_at }
     }
 }
 
@@ -66,9 +71,13 @@ pub(crate) struct MakeApiKey {
     /// What people call it.
     #[schema(example = "order service", min_length = 1, max_length = 100)]
     name: String,
-    /// `admin`, or the name of a role that was made.
+    /// A built-in role, or the name of one that was made.
     #[schema(value_type = String, example = "order-service")]
     role: RoleId,
+    /// For which devices it shall have the role; left out: the whole tenant.
+    #[serde(default)]
+    #[schema(value_type = ScopeBody)]
+    scope: Scope,
     /// How long it is accepted, in seconds. Left out: as long as the server's settings allow, a year by default.
     #[schema(example = 2_592_000, minimum = 1)]
     expires_in_s: Option<u64>,
@@ -76,14 +85,15 @@ pub(crate) struct MakeApiKey {
 
 /// Make an API key
 ///
-/// In the caller's name: it ends when the caller is deleted or disabled, or may no longer manage access. The secret is
-/// shown this once.
+/// In the caller's name: it ends when the caller is deleted or disabled, and never does more than the caller may do at the
+/// moment. The secret is shown this once.
 #[utoipa::path(
     post, path = "/api/v1/api-keys", tag = "api-keys", request_body = MakeApiKey,
     params(("Idempotency-Key" = Option<String>, Header, description = "Makes it safe to send the request again")),
     security(("bearer" = ["access:manage"])),
     responses(
         (status = 201, description = "It was made. The secret is shown this once.", body = MadeApiKey),
+        (status = 403, description = "The role allows more than the caller may do in that scope.", body = Document, content_type = "application/problem+json"),
         (status = 404, description = "There is no such role.", body = Document, content_type = "application/problem+json"),
         (status = 409, description = "There are too many API keys.", body = Document, content_type = "application/problem+json"),
     )
@@ -99,8 +109,8 @@ pub(crate) async fn create(
         Ok(taken) => taken,
         Err(replayed) => return Ok(replayed.at("/id", location)),
     };
-    let MakeApiKey { name, role, expires_in_s } = request;
-    let new = NewApiKey { name, role, expires_in_s };
+    let MakeApiKey { name, role, scope, expires_in_s } = request;
+    let new = NewApiKey { name, role, scope, expires_in_s };
     let (key, secret) = api_key::create(&mut tx, caller.manager(), caller.id, &new, &app.auth, app.clock.now()).await?;
     let mut body = MadeApiKey { key: ApiKeyBody::new(key), secret: None };
     taken.finish(&mut tx, StatusCode::CREATED, &body).await?;

@@ -6,7 +6,7 @@ use axum::response::Response;
 use chrono::{DateTime, Utc};
 use fleet_core::audit::Entry;
 use fleet_core::id::RoleId;
-use fleet_core::policy::Permission;
+use fleet_core::policy::{Permission, Role};
 use fleet_core::role::{self, Grants, NewRole, Stored};
 use fleet_core::topic_rule::TopicRule;
 use serde::{Deserialize, Serialize};
@@ -57,34 +57,50 @@ pub(crate) struct RoleBody {
     /// Its name; immutable.
     #[schema(value_type = String, example = "order-service")]
     id: RoleId,
+    /// Whether it is built in: it is there in every tenant, and cannot be changed.
+    built_in: bool,
     /// Whether it stands above tenants: its rules may name any topic.
     platform: bool,
     /// What it opens on the REST API.
     #[schema(example = json!(["devices:read"]))]
     permissions: Vec<&'static str>,
-    /// What it says about topics.
+    /// What it says about topics, beside those that its permissions open.
     #[schema(value_type = Vec<TopicRuleBody>)]
     topic_rules: Vec<TopicRule>,
     /// Rises with every change.
     version: i64,
-    /// When it was made.
-    #[serde(serialize_with = "time::serialize")]
-    created_at: DateTime<Utc>,
+    /// When it was made; null: it is built in.
+    #[serde(serialize_with = "time::serialize_maybe")]
+    created_at: Option<DateTime<Utc>>,
     /// When it was last changed.
-    #[serde(serialize_with = "time::serialize")]
-    updated_at: DateTime<Utc>,
+    #[serde(serialize_with = "time::serialize_maybe")]
+    updated_at: Option<DateTime<Utc>>,
 }
 
 impl RoleBody {
     fn new(role: Stored) -> Self {
         Self {
             id: role.id,
+            built_in: false,
             platform: role.platform,
             permissions: role.permissions.into_iter().map(Permission::name).collect(),
             topic_rules: role.topic_rules,
             version: role.version,
-            created_at: role.created_at,
-            updated_at: role.updated_at,
+            created_at: Some(role.created_at),
+            updated_at: Some(role.updated_at),
+        }
+    }
+
+    fn built_in(role: &Role) -> Self {
+        Self {
+            id: role.name().parse().expect("the names of built-in roles are names"),
+            built_in: true,
+            platform: false,
+            permissions: role.permissions().iter().map(|permission| permission.name()).collect(),
+            topic_rules: role.own_rules().to_vec(),
+            version: 0,
+            created_at: None,
+            updated_at: None,
         }
     }
 }
@@ -116,7 +132,7 @@ pub(crate) struct NewRoleBody {
 }
 
 fn grants(permissions: &[String], topic_rules: Vec<TopicRule>) -> Result<Grants, Problem> {
-    let known = Permission::ALL.map(Permission::name).join(", ");
+    let known = Permission::ALL.iter().map(|permission| permission.name()).collect::<Vec<_>>().join(", ");
     let unknown = |(index, name): (usize, &String)| {
         let unknown = Permission::named(name).is_none();
         unknown
@@ -173,8 +189,8 @@ fn location(id: &str) -> String {
 
 /// List roles
 ///
-/// In the order of their names; built-in roles are not among them, nor are roles of the platform unless the caller has
-/// platform standing.
+/// In the order of their names, built-in ones included; roles of the platform are among them if the caller has platform
+/// standing.
 #[utoipa::path(
     get, path = "/api/v1/roles", tag = "roles", params(PagingQuery), security(("bearer" = ["access:manage"])),
     responses((status = 200, description = "A page of them.", body = Page<RoleBody>))
@@ -185,8 +201,14 @@ pub(crate) async fn list(
     Query(query): Query<Paging<RoleId>>,
 ) -> Result<Json<Page<RoleBody>>, Problem> {
     let mut db = caller.read(&app).await?;
-    let (roles, next) = role::page(&mut db, caller.manager(), query.after.as_ref(), query.limit).await?;
-    let items = roles.into_iter().map(RoleBody::new).collect();
+    let Paging { after, limit } = query;
+    let (roles, next) = role::page(&mut db, caller.manager(), after.as_ref(), limit).await?;
+    let built_in = Role::BUILT_IN.iter().map(RoleBody::built_in).filter(|role| Some(&role.id) > after.as_ref());
+    let mut items = roles.into_iter().map(RoleBody::new).chain(built_in).collect::<Vec<_>>();
+    items.sort_by(|a, b| a.id.cmp(&b.id));
+    let more = next.is_some() || items.len() > limit;
+    items.truncate(limit);
+    let next = items.last().filter(|_| more).map(|role| role.id.clone());
     Ok(Json(Page { items, next_cursor: next.map(Cursor::Role) }))
 }
 
@@ -210,7 +232,10 @@ pub(crate) async fn read(
     Path(id): Path<RoleId>,
     conditions: Conditions,
 ) -> Result<Response, Problem> {
-    let body = RoleBody::new(role::find(&mut *caller.read(&app).await?, caller.manager(), &id).await?);
+    let body = match Role::built_in(id.as_str()) {
+        Some(role) => RoleBody::built_in(&role),
+        None => RoleBody::new(role::find(&mut *caller.read(&app).await?, caller.manager(), &id).await?),
+    };
     Ok(unless_known(&conditions, body))
 }
 

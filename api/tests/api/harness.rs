@@ -14,6 +14,7 @@ use fleet_core::clock::{Clock, from_ms};
 use fleet_core::config::{Config, Environment, Secret};
 use fleet_core::id::UserId;
 use fleet_core::login_session::{self, Method, Origin};
+use fleet_core::policy::Role;
 use fleet_core::testing::TestDb;
 use fleet_core::token::Keys;
 use fleet_core::user;
@@ -132,12 +133,13 @@ impl Api {
         let id = UserId::new();
         sqlx::query(
             "insert into app_user (id, tenant_key, email, password_hash, created_at, role, role_key)
-             values ($1, $2, $3, '', now(), case when $4 = 'admin' then $4 end, (select key from role where id = $4))",
+             values ($1, $2, $3, '', now(), case when $4 = any($5) then $4 end, (select key from role where id = $4))",
         )
         .bind(id.uuid())
         .bind(self.db.tenant().0)
         .bind(email)
         .bind(role)
+        .bind(Role::BUILT_IN.map(|role| role.name().to_owned()).as_slice())
         .execute(self.db.pool())
         .await
         .unwrap();
@@ -266,6 +268,12 @@ impl Reply {
         let whole = set.into_iter().find(|set| set.starts_with(&format!("{name}="))).unwrap_or_default();
         let (pair, rest) = whole.split_once("; ").unwrap_or_default();
         (pair.split_once('=').unwrap_or_default().1.to_owned(), rest.to_owned())
+    }
+
+    /// The ids of a page of roles, without those that are built in.
+    pub(crate) fn made(&self) -> Vec<&str> {
+        let items = self.body["items"].as_array().unwrap().iter().filter(|item| item["built_in"] == false);
+        items.map(|item| item["id"].as_str().unwrap()).collect()
     }
 
     /// The ids of a page.

@@ -4,6 +4,7 @@
 
 mod access;
 mod api_keys;
+mod bindings;
 mod connections;
 mod credentials;
 mod dead_letters;

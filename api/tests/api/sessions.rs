@@ -1,7 +1,7 @@
 //! Sessions over REST.
 
 use fleet_core::id::{DeviceKey, SessionId, TenantKey};
-use fleet_core::policy::{Principal, Proof, Who};
+use fleet_core::policy::{Grants, Principal, Proof, Who};
 use fleet_core::session::{self, Enqueue, Leave, Message, NEVER, NewSession, Subscription};
 use serde_json::{Value, json};
 use sqlx::PgConnection;
@@ -90,7 +90,7 @@ async fn a_users_session_that_never_ends_is_told_as_such() {
     let id = begin(
         &mut db,
         api.db.tenant(),
-        &Who::User { id: api.admin, key: None, platform: false, role: None },
+        &Who::User { id: api.admin, key: None, platform: false, grants: Grants::default() },
         "console",
         NEVER,
     )

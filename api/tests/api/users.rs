@@ -50,7 +50,7 @@ async fn what_is_no_user_is_refused() {
     ] {
         api.post("/api/v1/users", user(field, value.clone())).await.expect(400);
     }
-    for role in ["nobody-made-it", "device", "viewer"] {
+    for role in ["nobody-made-it", "device", "gateway"] {
         api.post("/api/v1/users", user("role", json!(role))).await.problem(404, "no-such-role");
     }
     api.post("/api/v1/users", user("platform", json!(true))).await.problem(400, "invalid");

@@ -68,7 +68,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 }
                 Order::Until(at) => self.valid_until = instant(&self.shared, Some(at)),
                 Order::Rights(principal) => {
-                    self.rights = Rights::new(&principal);
+                    self.rights = Rights::new(&principal, &self.shared.directory);
                     self.is_changed = true;
                     self.apply_rights();
                 }

@@ -10,7 +10,7 @@ use crate::clock::{Clock, from_ms};
 use crate::credential;
 use crate::device::{self, NewDevice, Patch};
 use crate::id::{ConnectionId, DeviceId, SessionId, TenantKey, UserId};
-use crate::policy::{Principal, Proof, Role, Who};
+use crate::policy::{Grants, Principal, Proof, Role, Who};
 use crate::role::Roles;
 use crate::testing::TestDb;
 use crate::user;
@@ -36,7 +36,9 @@ async fn every_change_of_rights_raises_the_epoch_and_no_other() {
     assert_eq!(rose_by().await, 0, "nobody can be connected as a new device");
     let patch = Patch { group: Some(Some("site".parse().unwrap())), ..Patch::default() };
     device::update(&mut conn, db.tenant(), &id, &patch, &[], now).await.unwrap();
-    assert_eq!(rose_by().await, 0);
+    assert_eq!(rose_by().await, 1, "it may be in somebody's scope now");
+    device::update(&mut conn, db.tenant(), &id, &patch, &[], now).await.unwrap();
+    assert_eq!(rose_by().await, 0, "nothing has changed");
     let patch = Patch { disabled: Some(true), ..Patch::default() };
     device::update(&mut conn, db.tenant(), &id, &patch, &[], now).await.unwrap();
     assert_eq!(rose_by().await, 1);
@@ -135,13 +137,13 @@ async fn a_user_is_looked_at_again_too() {
     let admin = Principal {
         tenant: db.tenant(),
         tenant_id: "main".parse().unwrap(),
-        who: Who::User { id, key: None, role: Some(Role::Admin), platform: true },
+        who: Who::User { id, key: None, grants: Grants::of(Some(Role::Admin)), platform: true },
         proof: Proof::default(),
     };
     assert_eq!(verdict(&db, &admin, from_ms(NOON)).await, None);
     sqlx::query!("update app_user set role = null").execute(&mut *conn).await.unwrap();
     let Some(Verdict::Changed(changed)) = verdict(&db, &admin, from_ms(NOON)).await else { panic!("the role is gone") };
-    assert_eq!(changed.who, Who::User { id, key: None, role: None, platform: true });
+    assert_eq!(changed.who, Who::User { id, key: None, grants: Grants::default(), platform: true });
     assert_eq!(verdict(&db, &changed, from_ms(NOON)).await, None);
     sqlx::query!("update app_user set disabled = true").execute(&mut *conn).await.unwrap();
     assert_eq!(verdict(&db, &admin, from_ms(NOON)).await, Some(Verdict::Ended(Ended::UserDisabled)));
@@ -154,8 +156,10 @@ async fn of_many_each_gets_its_own_verdict() {
     let db = TestDb::new().await;
     let well = connected(&db).await;
     let gone = Principal { who: Who::Device { key: crate::id::DeviceKey(-1), id: boiler() }, ..well.clone() };
-    let nobody =
-        Principal { who: Who::User { id: UserId::new(), key: None, role: None, platform: false }, ..well.clone() };
+    let nobody = Principal {
+        who: Who::User { id: UserId::new(), key: None, grants: Grants::default(), platform: false },
+        ..well.clone()
+    };
     let mut conn = db.pool().acquire().await.unwrap();
     let mut verdicts =
         recheck(&mut conn, &Roles::default(), &[&well, &gone, &nobody, &well, &gone], from_ms(NOON)).await.unwrap();

@@ -32,7 +32,7 @@ impl Fleet {
     }
 
     async fn loaded(&mut self) -> Vec<Stored> {
-        load(&mut self.conn).await.unwrap()
+        load(&mut self.conn, Clock::system().now()).await.unwrap()
     }
 
     /// Its client has gone, having been sent everything up to this place.
@@ -166,7 +166,10 @@ async fn admin(fleet: &mut Fleet) -> Principal {
     let conn = &mut fleet.conn;
     user::ensure_admin(conn, None, Some(&"correct horse".to_owned().into()), &Clock::system()).await.unwrap().unwrap();
     let id = sqlx::query_scalar!(r#"select id as "id: UserId" from app_user"#).fetch_one(&mut *conn).await.unwrap();
-    Principal { who: Who::User { id, key: None, role: Some(Role::Admin), platform: true }, ..fleet.owner.clone() }
+    Principal {
+        who: Who::User { id, key: None, grants: Grants::of(Some(Role::Admin)), platform: true },
+        ..fleet.owner.clone()
+    }
 }
 
 #[tokio::test]

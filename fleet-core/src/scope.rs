@@ -1,0 +1,493 @@
+//! Scopes: which devices of a tenant a binding is about.
+//!
+//! A [`Scope`] is what people write: the tenant, a group with all below it, or a selector. An [`Extent`] is what it is compiled
+//! to, and what several of them come to together: every device, or those for which one of some [`Conjunction`]s holds. The same
+//! extent is asked about one device ([`Extent::contains`]), and told to the database ([`Extent::setting`]), whose row-level
+//! security keeps every query within it. Holds: both say the same of every device. Ignorant of: who has which scope.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use sqlx::types::Json;
+
+use crate::device::{DeviceType, GroupPath, Labels};
+use crate::error::{Error, Result};
+
+/// Longest selector, in bytes.
+pub const MAX_SELECTOR_BYTES: usize = 1024;
+/// Most alternatives (`OR`) of one selector.
+pub const MAX_ALTERNATIVES: usize = 16;
+
+/// Which devices a binding is about, as it is written and stored.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Scope {
+    /// All of the tenant, and what is about no device too.
+    #[default]
+    Tenant,
+    /// The devices of a group and of the groups below it.
+    Group {
+        /// The path of the group.
+        group: GroupPath,
+    },
+    /// The devices that a selector picks.
+    Selector {
+        /// It as text, see [`Selector`].
+        selector: Selector,
+    },
+}
+
+impl From<Json<Scope>> for Scope {
+    fn from(scope: Json<Scope>) -> Self {
+        scope.0
+    }
+}
+
+impl Scope {
+    /// What it is compiled to.
+    pub fn extent(&self) -> Extent {
+        match self {
+            Self::Tenant => Extent::Everything,
+            Self::Group { group } => {
+                Extent::Any(vec![Conjunction { group: Some(group.clone()), ..Conjunction::default() }])
+            }
+            Self::Selector { selector } => Extent::Any(selector.alternatives.clone()),
+        }
+    }
+}
+
+/// Picks devices by what is known of them: `type:freezer AND label.site:oslo OR group:site/line-3`.
+///
+/// Terms are `type:`, `group:` (that group and all below it) and `label.KEY:`; a value with blanks stands in double quotes. `AND`
+/// binds more than `OR` and may be left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Selector {
+    text: String,
+    alternatives: Vec<Conjunction>,
+}
+
+impl Selector {
+    /// The devices it picks.
+    pub fn extent(&self) -> Extent {
+        Extent::Any(self.alternatives.clone())
+    }
+}
+
+impl From<Selector> for String {
+    fn from(selector: Selector) -> Self {
+        selector.text
+    }
+}
+
+impl TryFrom<String> for Selector {
+    type Error = Error;
+    fn try_from(text: String) -> Result<Self> {
+        let alternatives = parse(&text)?;
+        Ok(Self { text, alternatives })
+    }
+}
+
+impl std::str::FromStr for Selector {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self> {
+        Self::try_from(text.to_owned())
+    }
+}
+
+fn refused(column: usize, expected: &str) -> Error {
+    Error::Invalid(format!("selector, column {column}: expected {expected}"))
+}
+
+fn parse(text: &str) -> Result<Vec<Conjunction>> {
+    if text.len() > MAX_SELECTOR_BYTES {
+        return Err(Error::Invalid(format!("the selector is too long: expected at most {MAX_SELECTOR_BYTES} bytes")));
+    }
+    let mut alternatives = vec![Conjunction::default()];
+    let (mut wants_term, mut empty) = (true, true);
+    for Word { text: word, column } in words(text)? {
+        match word.as_str() {
+            "AND" | "OR" if wants_term => return Err(refused(column, TERM)),
+            "AND" => wants_term = true,
+            "OR" if alternatives.len() == MAX_ALTERNATIVES => {
+                return Err(refused(column, &format!("at most {MAX_ALTERNATIVES} alternatives")));
+            }
+            "OR" => {
+                alternatives.push(Conjunction::default());
+                wants_term = true;
+            }
+            term => {
+                let last = alternatives.last_mut().expect("begins with one");
+                last.add(term).map_err(|expected| refused(column, &expected))?;
+                (wants_term, empty) = (false, false);
+            }
+        }
+    }
+    if wants_term || empty {
+        return Err(refused(text.chars().count() + 1, TERM));
+    }
+    Ok(alternatives)
+}
+
+const TERM: &str = "type:…, group:… or label.KEY:…";
+
+struct Word {
+    text: String,
+    /// From 1, in characters.
+    column: usize,
+}
+
+/// The words between blanks; what stands in double quotes is not divided, and the quotes are taken off.
+fn words(text: &str) -> Result<Vec<Word>> {
+    let mut words: Vec<Word> = Vec::new();
+    let (mut quoted_at, mut inside) = (None, false);
+    for (place, c) in text.chars().enumerate() {
+        match c {
+            '"' => quoted_at = if quoted_at.is_some() { None } else { Some(place + 1) },
+            c if c.is_whitespace() && quoted_at.is_none() => {
+                inside = false;
+                continue;
+            }
+            _ => {}
+        }
+        if !inside {
+            words.push(Word { text: String::new(), column: place + 1 });
+            inside = true;
+        }
+        if c != '"' {
+            words.last_mut().expect("one was begun").text.push(c);
+        }
+    }
+    match quoted_at {
+        Some(column) => Err(refused(column, "a second double quote to end the value")),
+        None => Ok(words),
+    }
+}
+
+/// What an extent asks about a device.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attributes {
+    /// Its group.
+    pub group: Option<GroupPath>,
+    /// Its type.
+    #[serde(rename = "type")]
+    pub kind: Option<DeviceType>,
+    /// Its labels.
+    pub labels: Labels,
+}
+
+/// What must be true of a device, all of it: in this group or below it, of this type, with these labels.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Conjunction {
+    /// In this group or below it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub group: Option<GroupPath>,
+    /// Of this type.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none", default)]
+    pub kind: Option<DeviceType>,
+    /// With these labels.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    pub labels: BTreeMap<String, String>,
+}
+
+impl Conjunction {
+    fn add(&mut self, term: &str) -> Result<(), String> {
+        let (field, value) = term.split_once(':').ok_or_else(|| TERM.to_owned())?;
+        let other = |has: bool| if has { Err(format!("{field} once, or OR between two of them")) } else { Ok(()) };
+        match field {
+            "type" => {
+                other(self.kind.is_some())?;
+                self.kind = Some(value.parse().map_err(|error: Error| error.to_string())?);
+            }
+            "group" => {
+                other(self.group.is_some())?;
+                self.group = Some(value.parse().map_err(|error: Error| error.to_string())?);
+            }
+            _ => {
+                let key = field.strip_prefix("label.").ok_or_else(|| TERM.to_owned())?;
+                other(self.labels.contains_key(key))?;
+                let mut labels = self.labels.clone();
+                labels.insert(key.to_owned(), value.to_owned());
+                self.labels = Labels::try_from(labels).map_err(|error| error.to_string())?.into();
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it holds for a device.
+    pub fn contains(&self, device: &Attributes) -> bool {
+        let in_group =
+            self.group.as_ref().is_none_or(|group| device.group.as_ref().is_some_and(|of| of.is_within(group)));
+        in_group
+            && self.kind.as_ref().is_none_or(|kind| device.kind.as_ref() == Some(kind))
+            && self.labels.iter().all(|(key, value)| device.labels.as_map().get(key) == Some(value))
+    }
+
+    /// What holds when both do; `None` when they never do.
+    fn and(&self, other: &Self) -> Option<Self> {
+        let group = match (&self.group, &other.group) {
+            (Some(a), Some(b)) if a.is_within(b) => Some(a.clone()),
+            (Some(a), Some(b)) if b.is_within(a) => Some(b.clone()),
+            (Some(_), Some(_)) => return None,
+            (a, b) => a.clone().or_else(|| b.clone()),
+        };
+        let kind = match (&self.kind, &other.kind) {
+            (Some(a), Some(b)) if a != b => return None,
+            (a, b) => a.clone().or_else(|| b.clone()),
+        };
+        let mut labels = self.labels.clone();
+        for (key, value) in &other.labels {
+            if labels.insert(key.clone(), value.clone()).is_some_and(|old| old != *value) {
+                return None;
+            }
+        }
+        Some(Self { group, kind, labels })
+    }
+
+    /// Whether it holds wherever `other` holds.
+    fn covers(&self, other: &Self) -> bool {
+        self.group.as_ref().is_none_or(|group| other.group.as_ref().is_some_and(|of| of.is_within(group)))
+            && self.kind.as_ref().is_none_or(|kind| other.kind.as_ref() == Some(kind))
+            && self.labels.iter().all(|(key, value)| other.labels.get(key) == Some(value))
+    }
+}
+
+/// Some of a tenant's devices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Extent {
+    /// All there are, and what is about no device too.
+    Everything,
+    /// Those for which one of these holds; without any: none.
+    Any(Vec<Conjunction>),
+}
+
+impl Extent {
+    /// No device.
+    pub const NOTHING: Self = Self::Any(Vec::new());
+
+    /// Whether it is the whole tenant.
+    pub fn is_everything(&self) -> bool {
+        matches!(self, Self::Everything)
+    }
+
+    /// Whether no device can be in it.
+    pub fn is_nothing(&self) -> bool {
+        *self == Self::NOTHING
+    }
+
+    /// Whether a device is in it.
+    pub fn contains(&self, device: &Attributes) -> bool {
+        match self {
+            Self::Everything => true,
+            Self::Any(some) => some.iter().any(|one| one.contains(device)),
+        }
+    }
+
+    /// What is in one of both.
+    #[must_use]
+    pub fn or(self, other: &Self) -> Self {
+        match (self, other) {
+            (Self::Everything, _) | (_, Self::Everything) => Self::Everything,
+            (Self::Any(mut some), Self::Any(more)) => {
+                for one in more {
+                    if !some.iter().any(|has| has.covers(one)) {
+                        some.retain(|has| !one.covers(has));
+                        some.push(one.clone());
+                    }
+                }
+                Self::Any(some)
+            }
+        }
+    }
+
+    /// What is in both.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        match (self, other) {
+            (Self::Everything, both) | (both, Self::Everything) => both.clone(),
+            (Self::Any(some), Self::Any(others)) => {
+                let pairs = some.iter().flat_map(|one| others.iter().filter_map(|other| one.and(other)));
+                Self::NOTHING.or(&Self::Any(pairs.collect()))
+            }
+        }
+    }
+
+    /// Whether all of `other` is seen to be in it. Never wrong when it says so; what only several conjunctions cover together
+    /// it does not see.
+    pub fn covers(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Everything, _) => true,
+            (_, Self::Everything) => false,
+            (Self::Any(some), Self::Any(others)) => others.iter().all(|other| some.iter().any(|one| one.covers(other))),
+        }
+    }
+
+    /// What the database is told, in the setting `muster.scope` of a transaction: nothing for everything, else a JSON array that
+    /// the SQL function `in_scope` reads.
+    pub fn setting(&self) -> String {
+        match self {
+            Self::Everything => String::new(),
+            Self::Any(some) => serde_json::to_string(some).expect("plain data"),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::collection::{btree_map, vec};
+    use proptest::option;
+    use proptest::prelude::*;
+    use proptest::sample::select;
+    use proptest::strategy::ValueTree;
+    use proptest::test_runner::TestRunner;
+
+    use super::*;
+    use crate::testing::TestDb;
+
+    fn group() -> impl Strategy<Value = GroupPath> {
+        select(vec!["a", "a/b", "a/b/c", "a/bc", "b", "b/a"]).prop_map(|path| path.parse().unwrap())
+    }
+
+    fn kind() -> impl Strategy<Value = DeviceType> {
+        select(vec!["pump", "fan"]).prop_map(|kind| kind.parse().unwrap())
+    }
+
+    fn labels() -> impl Strategy<Value = BTreeMap<String, String>> {
+        let word = |words: &[&str]| select(words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>());
+        btree_map(word(&["site", "x"]), word(&["oslo", "rome", ""]), 0..3)
+    }
+
+    /// A device of a small world.
+    pub(crate) fn attributes() -> impl Strategy<Value = Attributes> {
+        (option::of(group()), option::of(kind()), labels()).prop_map(|(group, kind, labels)| Attributes {
+            group,
+            kind,
+            labels: labels.try_into().unwrap(),
+        })
+    }
+
+    fn conjunction() -> impl Strategy<Value = Conjunction> {
+        (option::of(group()), option::of(kind()), labels()).prop_map(|(group, kind, labels)| Conjunction {
+            group,
+            kind,
+            labels,
+        })
+    }
+
+    /// An extent of that world.
+    pub(crate) fn extent() -> impl Strategy<Value = Extent> {
+        prop_oneof![1 => Just(Extent::Everything), 6 => vec(conjunction(), 0..4).prop_map(Extent::Any)]
+    }
+
+    proptest! {
+        #[test]
+        fn both_either_and_covering_mean_what_they_say(
+            one in extent(), other in extent(), devices in vec(attributes(), 1..20),
+        ) {
+            let (both, either) = (one.and(&other), one.clone().or(&other));
+            for device in &devices {
+                prop_assert_eq!(both.contains(device), one.contains(device) && other.contains(device));
+                prop_assert_eq!(either.contains(device), one.contains(device) || other.contains(device));
+                prop_assert!(!one.covers(&other) || !other.contains(device) || one.contains(device));
+            }
+            prop_assert!(one.covers(&both) && either.covers(&one));
+        }
+
+        #[test]
+        fn no_selector_panics_and_what_is_read_prints_as_it_was(text in "[a-z.:\" ]{0,20}|(AND|OR|type:a|label.x:\"b c\"| ){0,6}") {
+            if let Ok(read) = text.parse::<Selector>() {
+                prop_assert_eq!(String::from(read), text);
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn the_database_says_the_same_of_every_device() {
+        let db = TestDb::new().await;
+        let mut runner = TestRunner::deterministic();
+        let mut any = || (extent(), attributes()).new_tree(&mut runner).unwrap().current();
+        let asked = (0..2_000).map(|_| any()).collect::<Vec<_>>();
+        let settings = asked.iter().map(|(extent, _)| extent.setting()).collect::<Vec<_>>();
+        let groups = asked.iter().map(|(_, device)| device.group.as_ref().map(ToString::to_string));
+        let kinds = asked.iter().map(|(_, device)| device.kind.as_ref().map(ToString::to_string));
+        let labels = asked.iter().map(|(_, device)| Json(device.labels.as_map()));
+        let said: Vec<bool> = sqlx::query_scalar(
+            "select a.scope = '' or in_scope(nullif(a.scope, '')::jsonb, a.group_path, a.type, a.labels)
+               from unnest($1::text[], $2::text[], $3::text[], $4::jsonb[]) with ordinality
+                    as a (scope, group_path, type, labels, place)
+              order by a.place",
+        )
+        .bind(&settings)
+        .bind(groups.collect::<Vec<_>>())
+        .bind(kinds.collect::<Vec<_>>())
+        .bind(labels.collect::<Vec<_>>())
+        .fetch_all(db.pool())
+        .await
+        .unwrap();
+        for ((extent, device), said) in asked.iter().zip(said) {
+            assert_eq!(said, extent.contains(device), "{extent:?} {device:?}");
+        }
+    }
+
+    #[test]
+    fn a_selector_picks_what_it_says() {
+        let read: Selector = r#"type:pump AND label.site:"New York" group:a OR label.x:1:2"#.parse().unwrap();
+        let Extent::Any(picked) = read.extent() else { panic!("a selector is never everything") };
+        let [one, other] = picked.as_slice() else { panic!("expected two alternatives, found {picked:?}") };
+        assert_eq!(one.kind, Some("pump".parse().unwrap()));
+        assert_eq!(one.group, Some("a".parse().unwrap()));
+        assert_eq!(one.labels.get("site").map(String::as_str), Some("New York"));
+        assert_eq!(other.labels.get("x").map(String::as_str), Some("1:2"));
+        assert_eq!(
+            read.extent().setting(),
+            r#"[{"group":"a","type":"pump","labels":{"site":"New York"}},{"labels":{"x":"1:2"}}]"#
+        );
+    }
+
+    #[test]
+    fn what_is_no_selector_is_refused_where_it_goes_wrong() {
+        let many = vec!["type:a"; MAX_ALTERNATIVES + 1].join(" OR ");
+        for (text, column, said) in [
+            ("", 1, "type:…"),
+            ("type:a AND", 11, "type:…"),
+            ("AND type:a", 1, "type:…"),
+            ("type:a OR OR type:b", 11, "type:…"),
+            ("hello", 1, "type:…"),
+            ("type:a type:b", 8, "OR between"),
+            ("label.x:1 AND label.x:2", 15, "OR between"),
+            ("type:a label.x:\"b", 16, "double quote"),
+            ("type:a group:/", 8, "names joined by /"),
+            ("site:oslo", 1, "label.KEY"),
+            (many.as_str(), 158, "at most 16"),
+        ] {
+            let why = text.parse::<Selector>().unwrap_err().to_string();
+            assert!(why.contains(&format!("column {column}:")) && why.contains(said), "{text}: {why}");
+        }
+        assert!("x".repeat(MAX_SELECTOR_BYTES + 1).parse::<Selector>().unwrap_err().to_string().contains("too long"));
+    }
+
+    #[test]
+    fn a_group_takes_in_what_is_below_it_and_no_namesake() {
+        let extent = Scope::Group { group: "site/line-3".parse().unwrap() }.extent();
+        for (group, is_in) in
+            [("site/line-3", true), ("site/line-3/cell", true), ("site/line-30", false), ("site", false)]
+        {
+            let device = Attributes { group: Some(group.parse().unwrap()), ..Attributes::default() };
+            assert_eq!(extent.contains(&device), is_in, "{group}");
+        }
+        assert!(!extent.contains(&Attributes::default()));
+        assert!(Scope::Tenant.extent().contains(&Attributes::default()));
+    }
+
+    #[test]
+    fn a_scope_is_written_as_json() {
+        for (scope, json) in [
+            (Scope::Tenant, r#"{"kind":"tenant"}"#),
+            (Scope::Group { group: "a/b".parse().unwrap() }, r#"{"kind":"group","group":"a/b"}"#),
+            (Scope::Selector { selector: "type:a".parse().unwrap() }, r#"{"kind":"selector","selector":"type:a"}"#),
+        ] {
+            assert_eq!(serde_json::to_string(&scope).unwrap(), json);
+            assert_eq!(serde_json::from_str::<Scope>(json).unwrap(), scope);
+        }
+    }
+}

@@ -30,8 +30,8 @@ pub use state::{App, Health};
 
 use problem::Problem;
 use routes::{
-    api_keys, auth, bindings, connections, credentials, dead_letters, devices, docs, import, login_sessions,
-    operations, roles, sessions, telemetry, users,
+    api_keys, auth, bindings, connections, credentials, dead_letters, devices, docs, import, login_failures,
+    login_sessions, operations, roles, sessions, telemetry, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -45,6 +45,7 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(login_sessions::end_mine))
         .routes(routes!(login_sessions::logout_all))
         .routes(routes!(login_sessions::list, login_sessions::end))
+        .routes(routes!(login_failures::read, login_failures::forgive))
         .routes(routes!(devices::enrol, devices::list))
         .routes(routes!(import::import))
         .routes(routes!(devices::read, devices::change, devices::delete))

@@ -12,6 +12,8 @@ pub(crate) struct Metrics {
     pub(crate) problems: IntCounterVec,
     pub(crate) pages_clamped: IntCounter,
     pub(crate) logins_busy: IntCounter,
+    pub(crate) logins_failed: IntCounterVec,
+    pub(crate) logins_locked: IntCounterVec,
     pub(crate) sessions_ended: IntCounterVec,
     pub(crate) connections: IntGaugeVec,
 }
@@ -42,6 +44,12 @@ impl Metrics {
                 "muster_logins_busy_total",
                 "Logins refused because too many passwords were being checked.",
             )?,
+            logins_failed: counters("muster_logins_failed_total", "Logins refused, by what was wrong.", &["what"])?,
+            logins_locked: counters(
+                "muster_logins_locked_total",
+                "Logins refused because of too many failures before, by what has to wait: the account or the address.",
+                &["by"],
+            )?,
             sessions_ended: counters(
                 "muster_login_sessions_ended_total",
                 "Logins ended before their time, by why: by a logout, an administrator, one login too many, a refresh token used twice.",
@@ -56,6 +64,10 @@ impl Metrics {
         for bound in BOUNDS {
             metrics.problems.with_label_values(&[bound]);
         }
+        metrics.logins_failed.with_label_values(&["password"]);
+        for by in ["account", "address"] {
+            metrics.logins_locked.with_label_values(&[by]);
+        }
         for why in ["logout", "admin", "limit", "reuse"] {
             metrics.sessions_ended.with_label_values(&[why]);
         }
@@ -64,6 +76,8 @@ impl Metrics {
         registry.register(Box::new(metrics.problems.clone()))?;
         registry.register(Box::new(metrics.pages_clamped.clone()))?;
         registry.register(Box::new(metrics.logins_busy.clone()))?;
+        registry.register(Box::new(metrics.logins_failed.clone()))?;
+        registry.register(Box::new(metrics.logins_locked.clone()))?;
         registry.register(Box::new(metrics.sessions_ended.clone()))?;
         registry.register(Box::new(metrics.connections.clone()))?;
         registry.register(Box::new(ProcessCollector::for_self()))?;

@@ -14,7 +14,8 @@ use utoipa::ToSchema;
 /// The media type of a problem.
 pub(crate) const MEDIA_TYPE: &str = "application/problem+json";
 /// Types of problems that say a bound was hit.
-pub(crate) const BOUNDS: [&str; 10] = [
+pub(crate) const BOUNDS: [&str; 11] = [
+    "login-locked",
     "body-too-large",
     "busy",
     "timeout",
@@ -26,8 +27,8 @@ pub(crate) const BOUNDS: [&str; 10] = [
     "too-many",
     "too-many-rows",
 ];
-/// When to come back after a 429 or 503, in seconds.
-const RETRY_AFTER_S: u32 = 1;
+/// When to come back after a 429 or 503 that does not know better, in seconds.
+const RETRY_AFTER_S: u64 = 1;
 
 /// PostgreSQL's code for a statement that was stopped, by its `statement_timeout` for one.
 const QUERY_CANCELED: &str = "57014";
@@ -43,6 +44,7 @@ pub(crate) struct Problem {
     detail: String,
     errors: Vec<FieldError>,
     lines: Vec<LineError>,
+    retry_after_s: u64,
 }
 
 /// What is wrong with one row of a file.
@@ -96,7 +98,14 @@ pub(crate) struct Document<'a> {
 impl Problem {
     pub(crate) fn new(status: u16, kind: &'static str, detail: impl Into<String>) -> Self {
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        Self { status, kind, detail: detail.into(), errors: Vec::new(), lines: Vec::new() }
+        Self {
+            status,
+            kind,
+            detail: detail.into(),
+            errors: Vec::new(),
+            lines: Vec::new(),
+            retry_after_s: RETRY_AFTER_S,
+        }
     }
 
     /// 400 about one field or parameter.
@@ -191,7 +200,7 @@ impl IntoResponse for Problem {
         let mut response = self.status.into_response();
         let headers = response.headers_mut();
         if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(self.retry_after_s));
         }
         if self.status == StatusCode::UNAUTHORIZED {
             // RFC 6750 §3.1: no error code when the request carried no token at all.
@@ -243,6 +252,9 @@ impl From<Error> for Problem {
             Error::BadGateway(_) => (422, "gateway-not-allowed"),
             Error::VersionMismatch { .. } => (412, "version-mismatch"),
             Error::BadLogin => (401, "bad-login"),
+            Error::Locked { retry_after_s, .. } => {
+                return Self { retry_after_s: *retry_after_s, ..Self::new(429, "login-locked", error.to_string()) };
+            }
             Error::BadToken(_) => (401, "bad-token"),
             Error::IdempotencyConflict => (422, "idempotency-conflict"),
             Error::Invalid(_) => (400, "invalid"),

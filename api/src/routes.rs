@@ -9,6 +9,7 @@ pub(crate) mod dead_letters;
 pub(crate) mod devices;
 pub(crate) mod docs;
 pub(crate) mod import;
+pub(crate) mod login_failures;
 pub(crate) mod login_sessions;
 pub(crate) mod operations;
 pub(crate) mod roles;

@@ -24,3 +24,21 @@ create index login_session_expires_at_idx on login_session (expires_at);
 alter table login_session enable row level security;
 create policy tenant on login_session
     using (exists (select from app_user u where u.id = user_id and u.tenant_key = (select current_tenant())));
+
+-- Tries to log in that are not known to have been right, so that guessing gets slower in whatever process it is tried. An
+-- account is counted whether it exists or not: its wait must not tell.
+create table login_failure (
+    kind          text        not null constraint login_failure_kind_check check (kind in ('account', 'address')),
+    subject       bytea       not null,  -- SHA-256 of the e-mail address in lower case, or of the network
+    user_id       uuid        null constraint login_failure_user_id_fkey references app_user (id) on delete cascade,
+    failures      integer     not null,  -- since the last success
+    tried_at      timestamptz not null,
+    blocked_until timestamptz not null,
+    primary key (kind, subject)
+);
+create index login_failure_tried_at_idx on login_failure (tried_at);
+create index login_failure_user_id_idx on login_failure (user_id) where user_id is not null;
+
+alter table login_failure enable row level security;
+create policy tenant on login_failure
+    using (exists (select from app_user u where u.id = user_id and u.tenant_key = (select current_tenant())));

@@ -206,6 +206,12 @@ pub struct Auth {
     pub refresh_grace_s: u64,
     pub cookie_secure: CookieSecure,
     pub login_concurrency: usize,
+    pub login_free_tries: u32,
+    pub login_address_free_tries: u32,
+    pub login_first_wait_s: u64,
+    pub login_longest_wait_s: u64,
+    pub login_forget_s: u64,
+    pub max_login_failures: usize,
     pub rotation_overlap_s: u64,
     pub max_users: usize,
     pub max_roles: usize,
@@ -470,6 +476,20 @@ impl Config {
                 "auth.session_idle_s: expected auth.access_token_s to auth.session_max_s",
             ),
             ((1..=1000).contains(&self.auth.max_sessions), "auth.max_sessions: expected 1 to 1000"),
+            (
+                self.auth.login_free_tries > 0 && self.auth.login_address_free_tries > 0,
+                "auth.login_free_tries and auth.login_address_free_tries: expected at least 1",
+            ),
+            (
+                (1..=self.auth.login_longest_wait_s).contains(&self.auth.login_first_wait_s)
+                    && self.auth.login_longest_wait_s <= 86_400,
+                "auth.login_longest_wait_s: expected auth.login_first_wait_s to 86400",
+            ),
+            (
+                self.auth.login_forget_s >= self.auth.login_longest_wait_s,
+                "auth.login_forget_s: expected at least auth.login_longest_wait_s",
+            ),
+            (self.auth.max_login_failures > 0, "auth.max_login_failures: expected at least 1"),
             (self.auth.refresh_grace_s <= 60, "auth.refresh_grace_s: expected 0 to 60"),
             (self.auth.login_concurrency > 0, "auth.login_concurrency: expected at least 1"),
             (

@@ -97,6 +97,14 @@ pub enum Error {
     /// E-mail or password is wrong, or the user is disabled; which of them is not said.
     #[error("e-mail or password is wrong")]
     BadLogin,
+    /// Too many failed logins of this account or from this address; the text does not say of which.
+    #[error("too many failed logins: try again in {retry_after_s} s")]
+    Locked {
+        /// What waits: `account` or `address`.
+        by: &'static str,
+        /// How long.
+        retry_after_s: u64,
+    },
     /// The token is not one of ours, has expired, or its user is gone.
     #[error("the access token is not valid: {0}")]
     BadToken(&'static str),

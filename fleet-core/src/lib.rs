@@ -13,6 +13,7 @@
 //! | payloads that could not be read | [`dead_letter`] |
 //! | people, their passwords and access tokens | [`user`], [`token`] |
 //! | logins and their refresh tokens | [`login_session`] |
+//! | failed logins, and how long one waits | [`login_failure`] |
 //! | secrets of programs | [`api_key`] |
 //! | permissions, and who may do what | [`policy`] |
 //! | roles that people make, and who has them for which devices | [`role`], [`binding`] |
@@ -51,6 +52,7 @@ pub mod id;
 pub mod idempotency;
 pub mod import;
 pub mod latest;
+pub mod login_failure;
 pub mod login_session;
 pub mod policy;
 pub mod postgres;

@@ -437,7 +437,8 @@ impl Logins {
     }
 }
 
-fn checked_email(email: &str) -> Result<&str> {
+/// The address without what stands around it, if it may be one.
+pub(crate) fn checked_email(email: &str) -> Result<&str> {
     let email = email.trim();
     let parts = email.split_once('@').is_some_and(|(local, domain)| !local.is_empty() && !domain.is_empty());
     if parts && email.len() <= MAX_EMAIL_BYTES && !email.contains(|c: char| c.is_control() || c.is_whitespace()) {

@@ -6,6 +6,7 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use fleet_core::config::Secret;
 use fleet_core::id::{LoginSessionId, UserId};
+use fleet_core::login_failure::{self, Attempt};
 use fleet_core::login_session::{self, LoginSession, Method, Refresh};
 use fleet_core::policy::Permission;
 use fleet_core::{Error, user};
@@ -61,7 +62,7 @@ pub(crate) struct LoggedIn {
         )),
         (status = 401, description = "It is not, or there is no such user; which, is not said.", body = Document, content_type = "application/problem+json"),
         (status = 403, description = "A page of another site sent the request.", body = Document, content_type = "application/problem+json"),
-        (status = 429, description = "Too many logins at once: see Retry-After.", body = Document, content_type = "application/problem+json"),
+        (status = 429, description = "Too many logins at once, or too many that failed: see Retry-After.", body = Document, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn login(
@@ -69,18 +70,47 @@ pub(crate) async fn login(
     client: Client,
     Json(login): Json<Login>,
 ) -> Result<Response, Problem> {
-    let user = app.logins.login(&app.db, &login.email, &login.password).await.inspect_err(|error| {
-        if matches!(error, Error::Busy(_)) {
-            app.metrics.logins_busy.inc();
-        }
-    })?;
+    let attempt = attempt(&app, &client, &login.email).await?;
+    let user = match app.logins.login(&app.db, &login.email, &login.password).await {
+        Ok(user) => user,
+        Err(error) => return Err(failed(&app, attempt, error).await?),
+    };
     let (mut tx, now) = (app.begin().await?, app.clock.now());
     let origin = client.origin();
     let (session, token, ended) =
         login_session::begin(&mut tx, user.id, Method::Password, &origin, &app.auth, now).await?;
+    login_failure::succeeded(&mut tx, attempt, now).await?;
     tx.commit().await?;
     app.metrics.sessions_ended.with_label_values(&["limit"]).inc_by(ended);
     logged_in(&app, &client, &session, &token, login.cookie)
+}
+
+/// Counts a try, in all processes; who has to wait is refused before anything is done.
+async fn attempt(app: &App, client: &Client, email: &str) -> Result<Attempt, Problem> {
+    let mut tx = app.begin().await?;
+    let attempt = login_failure::attempt(&mut tx, email, client.address, &app.auth, app.clock.now()).await;
+    let attempt = attempt.inspect_err(|error| {
+        if let Error::Locked { by, .. } = error {
+            app.metrics.logins_locked.with_label_values(&[by]).inc();
+        }
+    })?;
+    tx.commit().await?;
+    Ok(attempt)
+}
+
+/// What a try that failed is answered; one whose password was not looked at is taken back.
+async fn failed(app: &App, attempt: Attempt, error: Error) -> Result<Problem, Problem> {
+    if matches!(error, Error::BadLogin) {
+        app.metrics.logins_failed.with_label_values(&["password"]).inc();
+        return Ok(error.into());
+    }
+    if matches!(error, Error::Busy(_)) {
+        app.metrics.logins_busy.inc();
+    }
+    let mut tx = app.begin().await?;
+    login_failure::undo(&mut tx, attempt, app.clock.now()).await?;
+    tx.commit().await?;
+    Ok(error.into())
 }
 
 /// A new access token, and the refresh token where the next request looks for it.

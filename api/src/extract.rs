@@ -46,6 +46,11 @@ impl Caller {
         self.principal.manager()
     }
 
+    /// Who calls, with all rights.
+    pub(crate) fn principal(&self) -> &Principal {
+        &self.principal
+    }
+
     /// Refuses a caller who does not hold this permission as well.
     pub(crate) fn needs(&self, permission: Permission) -> Result<(), Problem> {
         if self.principal.may(permission) {
@@ -71,6 +76,9 @@ impl FromRequestParts<App> for Caller {
         let token = bearer(&parts.headers)?;
         let mut db = app.db.acquire().await?;
         let principal = token::principal(&mut db, &app.keys, token, app.clock.now()).await?;
+        if principal.proof.viewer.is_some() && !parts.method.is_safe() {
+            return Err(Problem::new(403, "read-only", "who looks at what another user sees may change nothing"));
+        }
         match principal.who {
             Who::User { id, key, .. } => Ok(Self { id, tenant: principal.tenant, key, principal }),
             Who::Device { .. } => Err(Problem::new(401, "bad-token", "expected the access token of a user")),

@@ -30,7 +30,7 @@ pub use state::{App, Health};
 
 use problem::Problem;
 use routes::{
-    api_keys, auth, bindings, connections, credentials, dead_letters, devices, docs, import, login_failures,
+    access, api_keys, auth, bindings, connections, credentials, dead_letters, devices, docs, import, login_failures,
     login_sessions, operations, roles, sessions, telemetry, users,
 };
 
@@ -61,6 +61,10 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(users::read, users::change, users::delete))
         .routes(routes!(roles::create, roles::list))
         .routes(routes!(roles::read, roles::replace, roles::delete))
+        .routes(routes!(access::check))
+        .routes(routes!(access::diff))
+        .routes(routes!(access::view_as))
+        .routes(routes!(access::permissions))
         .routes(routes!(bindings::create, bindings::list))
         .routes(routes!(bindings::read, bindings::delete))
         .routes(routes!(api_keys::create, api_keys::list))
@@ -74,6 +78,20 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(operations::healthz))
         .routes(routes!(operations::readyz))
         .routes(routes!(operations::metrics))
+}
+
+/// `METHOD path` of every route that says which permission it needs, with that permission.
+fn guarded_routes() -> Vec<(String, String)> {
+    let document = serde_json::to_value(documented().into_openapi()).expect("the document is plain data");
+    let mut routes = Vec::new();
+    for (path, item) in document["paths"].as_object().into_iter().flatten() {
+        for (method, operation) in item.as_object().into_iter().flatten() {
+            if let Some(permission) = operation["security"][0]["bearer"][0].as_str() {
+                routes.push((format!("{} {path}", method.to_uppercase()), permission.to_owned()));
+            }
+        }
+    }
+    routes
 }
 
 /// Pages for people, which are no part of the API.
@@ -118,6 +136,7 @@ pub fn refusal(status: u16, kind: &'static str, detail: impl Into<String>) -> Re
         (name = "sessions", description = "What outlives the connections of clients: subscriptions, and messages that wait"),
         (name = "users", description = "People who log in"),
         (name = "roles", description = "What people and programs may do"),
+        (name = "access", description = "Who may do what, and why"),
         (name = "bindings", description = "Who has which role for which devices"),
         (name = "api-keys", description = "By which programs prove who they are"),
         (name = "connections", description = "Who is connected at the moment, and what happened to clients"),

@@ -1,5 +1,6 @@
 //! The handlers, one file a noun of `fleet_core`.
 
+pub(crate) mod access;
 pub(crate) mod api_keys;
 pub(crate) mod auth;
 pub(crate) mod bindings;

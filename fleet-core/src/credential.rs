@@ -160,7 +160,7 @@ pub async fn verify_many(
             tenant: row.tenant,
             tenant_id,
             who: Who::Device { key: row.device, id },
-            proof: Proof { credential: Some(row.credential), valid_until: row.expires_at, session: None },
+            proof: Proof { credential: Some(row.credential), valid_until: row.expires_at, ..Proof::default() },
         })
     });
     Ok(principals.collect())
@@ -197,7 +197,7 @@ pub async fn of_certificate(
             tenant: row.tenant,
             tenant_id: row.tenant_id,
             who: Who::Device { key: row.device, id: row.device_id },
-            proof: Proof { credential: Some(row.credential), valid_until: row.expires_at, session: None },
+            proof: Proof { credential: Some(row.credential), valid_until: row.expires_at, ..Proof::default() },
         })),
         None if is_vouched_for => of_name(db, shown).await,
         None => Ok(None),

@@ -6,16 +6,20 @@
 
 use std::sync::Arc;
 
+use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 
 use crate::directory::Directory;
 use crate::error::Result;
 use crate::filter_set::{DEVICE, FilterSet, Names, TENANT};
-use crate::id::{DeviceId, TenantKey};
-use crate::policy::{About, Grant, Grants, Permission, Principal, Role, Source, Who};
+use crate::id::{ApiKeyId, DeviceId, TenantKey, UserId};
+use crate::policy::{About, Grant, Grants, Permission, Principal, Proof, Role, Source, Who};
+use crate::role::Roles;
 use crate::scope::{Attributes, Extent};
+use crate::standing::{self, Asked, Standing};
 use crate::topic;
 use crate::topic_rule::{Action, Effect, TopicRule};
+use crate::user;
 
 /// What is asked about a topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +58,48 @@ impl Deciding {
     fn new(grant: &Grant, rule: Option<TopicRule>) -> Self {
         Self { source: Some(grant.source), role: grant.role.name().to_owned(), rule }
     }
+}
+
+/// Somebody whose rights are asked about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Whom {
+    /// A user.
+    User(UserId),
+    /// A user, by e-mail address.
+    Email(String),
+    /// An API key.
+    ApiKey(ApiKeyId),
+    /// A device.
+    Device(DeviceId),
+}
+
+/// Somebody of the tenant with the rights of this moment, and why they would not be let in, if they would not.
+pub async fn principal(
+    db: &mut PgConnection,
+    by: &Principal,
+    whom: &Whom,
+    now: DateTime<Utc>,
+) -> Result<(Principal, Option<&'static str>)> {
+    let (user, key) = match whom {
+        Whom::Device(id) => {
+            let device = crate::device::find(db, by.tenant, id).await?;
+            let who = Who::Device { key: device.key, id: device.id };
+            let principal = Principal { who, proof: Proof::default(), ..by.clone() };
+            return Ok((principal, device.disabled.then_some("the device is disabled")));
+        }
+        Whom::User(id) => (user::find_in(db, by.tenant, *id).await?.id, None),
+        Whom::Email(email) => (user::find_by_email(db, by.tenant, email).await?.id, None),
+        Whom::ApiKey(id) => (crate::api_key::find(db, by.tenant, *id).await?.user, Some(*id)),
+    };
+    let barred = match standing::of(db, &Roles::default(), Asked { user, key, session: None }, now).await? {
+        Standing::Stands(principal) => return Ok((principal, None)),
+        Standing::UserDeleted => "the user exists no more",
+        Standing::UserDisabled => "the user is disabled",
+        Standing::KeyDeleted => "the API key exists no more",
+        Standing::KeyEnded | Standing::SessionEnded => "the API key has ended, or its user has no role any more",
+    };
+    let who = Who::User { id: user, key, grants: Grants::default(), platform: false };
+    Ok((Principal { who, proof: Proof::default(), ..by.clone() }, Some(barred)))
 }
 
 /// What is known of a device that somebody asks about; `None` when there is no such device.
@@ -252,8 +298,7 @@ mod tests {
     use proptest::sample::{select, subsequence};
 
     use super::*;
-    use crate::id::{ApiKeyId, TenantKey, UserId};
-    use crate::policy::{CustomRole, Proof};
+    use crate::policy::CustomRole;
     use crate::scope::tests::{attributes, extent};
     use crate::topic_rule::{Reach, RuleSet};
 

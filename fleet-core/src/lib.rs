@@ -19,7 +19,7 @@
 //! | roles that people make, and who has them for which devices | [`role`], [`binding`] |
 //! | which devices a binding is about | [`scope`]; in memory, for the MQTT door: [`directory`] |
 //! | who a user or an API key is now | `standing` |
-//! | which rule decides, and what would be needed | [`explain`] |
+//! | which rule decides, and what would be needed; what a change would give and take | [`explain`], [`difference`] |
 //! | what a role says about topics, compiled | [`topic_rule`], over `filter_set` |
 //! | what the doors tell each other of open connections, and every change of rights | [`control`] |
 //! | what happened to a client's connection | [`connection_event`] |
@@ -44,6 +44,7 @@ pub mod credential;
 pub mod database;
 pub mod dead_letter;
 pub mod device;
+pub mod difference;
 pub mod directory;
 pub mod error;
 pub mod explain;

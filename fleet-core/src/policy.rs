@@ -466,6 +466,8 @@ pub struct Proof {
     pub credential: Option<CredentialId>,
     /// The login that an access token belongs to; the proof ends with it.
     pub session: Option<LoginSessionId>,
+    /// Who looks at what the principal sees, and changes nothing, instead of the principal.
+    pub viewer: Option<UserId>,
     /// The proof is worth nothing from then on; `None`: until somebody ends it.
     pub valid_until: Option<DateTime<Utc>>,
 }

@@ -49,6 +49,11 @@ pub struct Stored {
 }
 
 impl Stored {
+    /// It ready to be asked.
+    pub(crate) fn ready(&self, by: Manager<'_>) -> Role {
+        Role::Custom(Arc::new(compile(&self.id, self.version, self.platform, &self.grants(), by.tenant_id)))
+    }
+
     fn grants(&self) -> Grants {
         Grants { permissions: self.permissions.clone(), topic_rules: self.topic_rules.clone() }
     }
@@ -87,6 +92,15 @@ impl Grants {
         RuleSet::compile(&self.topic_rules, reach)?;
         Ok(())
     }
+}
+
+/// A role of the tenant as it would be, if it says this.
+pub(crate) fn proposed(by: Manager<'_>, id: &RoleId, grants: &Grants) -> Result<Role> {
+    RuleSet::compile(&grants.topic_rules, Reach::Tenant(by.tenant_id))?;
+    if Role::RESERVED.contains(&id.as_str()) {
+        return Err(Error::RoleBuiltIn(id.clone()));
+    }
+    Ok(Role::Custom(Arc::new(compile(id, 0, false, grants, by.tenant_id))))
 }
 
 /// Refuses a role that allows more than its author may do.
@@ -338,8 +352,7 @@ pub(crate) async fn assignable(
         Assignable { role, key: None }
     } else {
         let stored = find(db, by, id).await?;
-        let role = compile(&stored.id, stored.version, stored.platform, &stored.grants(), by.tenant_id);
-        Assignable { role: Role::Custom(Arc::new(role)), key: Some(stored.key.0) }
+        Assignable { role: stored.ready(by), key: Some(stored.key.0) }
     };
     if by.may_give(&found.role, extent) { Ok(found) } else { Err(Error::Exceeds(id.clone())) }
 }

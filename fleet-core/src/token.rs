@@ -14,15 +14,15 @@ use serde::{Deserialize, Serialize};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::api_key;
 use crate::clock::Clock;
 use crate::config::Secret;
 use crate::error::{Error, Result};
 use crate::id::{LoginSessionId, UserId};
 use crate::login_session::LoginSession;
-use crate::policy::{Principal, Proof};
+use crate::policy::{Permission, Principal, Proof, Who};
 use crate::role::Roles;
 use crate::standing::{self, Asked, Standing};
+use crate::{api_key, user};
 
 /// Longest token that is looked at, in bytes.
 pub const MAX_TOKEN_BYTES: usize = 4096;
@@ -63,6 +63,9 @@ struct Claims {
     sub: UserId,
     /// The login, which the token ends with.
     sid: LoginSessionId,
+    /// Who looks at what `sub` sees, and may change nothing (RFC 8693 §4.1, the subject alone); the login is theirs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    act: Option<UserId>,
     iat: i64,
     exp: i64,
 }
@@ -85,13 +88,35 @@ impl Keys {
 
     /// A token of a login, valid from now on and not longer than that may be.
     pub fn sign(&self, session: &LoginSession) -> Result<AccessToken> {
+        self.sign_for(session.user, session.id, None, session.expires_at)
+    }
+
+    /// A token with which `viewer`, by a login that stands until `until`, sees what `user` sees.
+    pub fn sign_view(
+        &self,
+        user: UserId,
+        viewer: UserId,
+        session: LoginSessionId,
+        until: DateTime<Utc>,
+    ) -> Result<AccessToken> {
+        self.sign_for(user, session, Some(viewer), until)
+    }
+
+    fn sign_for(
+        &self,
+        user: UserId,
+        session: LoginSessionId,
+        viewer: Option<UserId>,
+        until: DateTime<Utc>,
+    ) -> Result<AccessToken> {
         let now = self.clock.now();
-        let expires_at = session.expires_at.min(now + self.lifetime);
+        let expires_at = until.min(now + self.lifetime);
         let claims = Claims {
             iss: ISSUER.into(),
             aud: AUDIENCE.into(),
-            sub: session.user,
-            sid: session.id,
+            sub: user,
+            sid: session,
+            act: viewer,
             iat: now.timestamp(),
             exp: expires_at.timestamp(),
         };
@@ -156,12 +181,48 @@ pub async fn principal(db: &mut PgConnection, keys: &Keys, bearer: &str, now: Da
         return standing::of(db, &keys.roles, asked, now).await?.principal().ok_or(refused);
     }
     let (claims, expires_at) = keys.claims(db, bearer, now).await?;
+    if let Some(viewer) = claims.act {
+        return view(db, keys, &claims, viewer, expires_at, now).await;
+    }
     let asked = Asked { user: claims.sub, key: None, session: Some(claims.sid) };
     let found = match standing::of(db, &keys.roles, asked, now).await? {
         Standing::SessionEnded => return Err(Error::BadToken("its login has ended")),
         standing => standing.principal().ok_or(Error::BadToken("its user is gone or disabled"))?,
     };
     Ok(Principal { proof: Proof { valid_until: Some(expires_at), ..found.proof }, ..found })
+}
+
+/// Who stands behind a token with which one user looks at what another sees: that other one, as long as the viewer's login stands
+/// and the viewer may still manage that user's access.
+async fn view(
+    db: &mut PgConnection,
+    keys: &Keys,
+    claims: &Claims,
+    viewer: UserId,
+    expires_at: DateTime<Utc>,
+    now: DateTime<Utc>,
+) -> Result<Principal> {
+    let asked = Asked { user: viewer, key: None, session: Some(claims.sid) };
+    let ended = Error::BadToken("the login of whoever looks has ended");
+    let by = standing::of(db, &keys.roles, asked, now).await?.principal().ok_or(ended)?;
+    let refused = || Error::BadToken("whoever looks may no longer manage this user's access");
+    if !by.may(Permission::AccessManage) {
+        return Err(refused());
+    }
+    user::manageable(db, by.manager(), claims.sub).await.map_err(|error| match error {
+        Error::Database(error) => Error::Database(error),
+        _ => refused(),
+    })?;
+    let asked = Asked { user: claims.sub, key: None, session: None };
+    let found = standing::of(db, &keys.roles, asked, now).await?.principal();
+    let found = found.ok_or(Error::BadToken("its user is gone or disabled"))?;
+    let proof = Proof { valid_until: Some(expires_at), viewer: Some(viewer), ..Proof::default() };
+    // To look is not to stand above tenants.
+    let who = match found.who {
+        Who::User { id, key, grants, .. } => Who::User { id, key, grants, platform: false },
+        device @ Who::Device { .. } => device,
+    };
+    Ok(Principal { who, proof, ..found })
 }
 
 /// Makes a key unless there is one. Two processes may both make theirs; both keys are then accepted everywhere.
@@ -223,7 +284,6 @@ mod tests {
     use crate::login_session::{self, Method, Origin};
     use crate::policy::{Grants, Role, Who};
     use crate::testing::TestDb;
-    use crate::user;
 
     const NOON: i64 = 1_763_722_800_000;
 
@@ -285,6 +345,7 @@ mod tests {
             iss: ISSUER.into(),
             aud: aud.into(),
             sub: login.user,
+            act: None,
             sid: login.id,
             iat: NOON / 1000,
             exp: NOON / 1000 + 900,

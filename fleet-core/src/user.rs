@@ -172,6 +172,19 @@ pub async fn find_in(db: &mut PgConnection, tenant: TenantKey, id: UserId) -> Re
     user.ok_or(Error::NoSuchUser(id))
 }
 
+/// The user with that e-mail address, in this tenant.
+pub async fn find_by_email(db: &mut PgConnection, tenant: TenantKey, email: &str) -> Result<User> {
+    let id = sqlx::query_scalar!(
+        r#"select id as "id: UserId" from app_user where lower(email) = lower($1) and tenant_key = $2"#,
+        email,
+        tenant.0
+    );
+    match id.fetch_optional(&mut *db).await? {
+        Some(id) => find_in(db, tenant, id).await,
+        None => Err(Error::Invalid("principal: expected the e-mail address of a user of the tenant".into())),
+    }
+}
+
 async fn read(db: &mut PgConnection, ids: &[Uuid]) -> Result<Vec<User>> {
     let users = sqlx::query_as!(
         User,

@@ -1,5 +1,7 @@
 //! Logging in, staying in, logging out, and who one is meanwhile.
 
+use std::collections::BTreeMap;
+
 use axum::extract::{FromRequestParts, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
@@ -8,7 +10,8 @@ use fleet_core::config::Secret;
 use fleet_core::id::{LoginSessionId, UserId};
 use fleet_core::login_failure::{self, Attempt};
 use fleet_core::login_session::{self, LoginSession, Method, Refresh};
-use fleet_core::policy::Permission;
+use fleet_core::policy::{Home, Permission, Role};
+use fleet_core::scope::{Conjunction, Extent};
 use fleet_core::{Error, user};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -251,9 +254,27 @@ pub(crate) struct Me {
     /// The API key, when one was shown in place of an access token.
     #[schema(example = "key_019360f0c7f97d2a8b3c5d6e7f809a1b")]
     api_key: Option<String>,
-    /// What the caller may do.
+    /// Who looks at what the user sees, when it is not the user.
+    #[schema(example = "usr_019360f0c7f97d2a8b3c5d6e7f809a1b")]
+    viewed_by: Option<String>,
+    /// What the caller may do, for some devices at least.
     #[schema(example = json!(["devices:read"]))]
     permissions: Vec<&'static str>,
+    /// For each of the permissions that is not given for the whole tenant, for which devices: one of the conjunctions must hold.
+    #[schema(value_type = HashMap<String, Vec<Object>>, example = json!({"devices:read": [{"group": "site/line-3"}]}))]
+    scopes: BTreeMap<&'static str, Vec<Conjunction>>,
+    /// Where the console begins for the caller.
+    #[schema(example = "fleet-health")]
+    home: &'static str,
+}
+
+fn scopes(caller: &Caller) -> BTreeMap<&'static str, Vec<Conjunction>> {
+    let extents = caller.permissions().into_iter().map(|permission| (permission.name(), caller.extent(permission)));
+    let some = extents.filter_map(|(name, extent)| match extent {
+        Extent::Everything => None,
+        Extent::Any(conjunctions) => Some((name, conjunctions)),
+    });
+    some.collect()
 }
 
 /// Who I am and what I may do
@@ -272,6 +293,9 @@ pub(crate) async fn me(State(app): State<App>, caller: Caller) -> Result<Json<Me
         role: caller.role().map(str::to_owned),
         platform: caller.manager().platform,
         api_key: caller.key.map(|key| key.to_string()),
+        viewed_by: caller.principal().proof.viewer.map(|viewer| viewer.to_string()),
         permissions,
+        scopes: scopes(&caller),
+        home: caller.principal().role().map_or(Home::Devices, Role::home).name(),
     }))
 }

@@ -131,7 +131,7 @@ pub(crate) struct NewRoleBody {
     topic_rules: Vec<TopicRule>,
 }
 
-fn grants(permissions: &[String], topic_rules: Vec<TopicRule>) -> Result<Grants, Problem> {
+pub(crate) fn grants(permissions: &[String], topic_rules: Vec<TopicRule>) -> Result<Grants, Problem> {
     let known = Permission::ALL.iter().map(|permission| permission.name()).collect::<Vec<_>>().join(", ");
     let unknown = |(index, name): (usize, &String)| {
         let unknown = Permission::named(name).is_none();

@@ -55,6 +55,14 @@ impl Change {
     }
 }
 
+impl Change {
+    /// As [`Change::commit`], for a change of many resources.
+    pub(crate) async fn commit_each(self, entries: Vec<Entry>) -> Result<(), Problem> {
+        tracing::info!(changes = entries.len(), "changed");
+        Ok(self.0.commit().await?)
+    }
+}
+
 impl<R: Right> Can<R> {
     /// A transaction that sees what the caller may see with the permission `R`.
     pub(crate) async fn read(&self, app: &App) -> Result<Reading, Problem> {

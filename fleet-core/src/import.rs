@@ -105,6 +105,11 @@ impl Import {
     pub fn rows(&self) -> usize {
         self.count
     }
+
+    /// The devices of the rows that are right in themselves, in the order of the file.
+    pub fn devices(&self) -> impl Iterator<Item = &NewDevice> {
+        self.rows.iter().map(|row| &row.device)
+    }
 }
 
 /// A device that was enrolled.

@@ -68,3 +68,6 @@ pub async fn begin(
 ) -> Result<Transaction<'static, Postgres>, sqlx::Error> {
     pool.begin_with(AssertSqlSafe(bounds.statement(within))).await
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,10 +6,13 @@ use axum::body::Bytes;
 use axum::extract::{FromRequest, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use fleet_core::audit::Entry;
+use fleet_core::device::NewDevice;
 use fleet_core::id::DeviceId;
-use fleet_core::import::{self, Enrolled, Errors, Format};
+use fleet_core::import::{self, Enrolled, Errors, Format, Import};
 use fleet_core::policy::Permission;
 use serde::Serialize;
+use serde_json::json;
 use sha2::{Digest, Sha256};
 use utoipa::{IntoParams, ToSchema};
 
@@ -143,7 +146,7 @@ pub(crate) async fn import(
         return Err(Problem::new(413, "too-many-rows", detail));
     }
     let rows = import.rows();
-    let mut tx = app.begin().await?;
+    let mut tx = caller.change(&app).await?;
     let taken = match once.begin(&mut tx, &caller, &(how.dry_run, digest), &app).await? {
         Ok(taken) => taken,
         Err(replayed) => return Ok(replayed.into_response()),
@@ -162,13 +165,24 @@ pub(crate) async fn import(
     }
     answer.enrolled = enrolled.len();
     taken.finish(&mut tx, StatusCode::CREATED, &answer).await?;
-    tx.commit().await?;
+    tx.commit_each(entries(&import, &enrolled)).await?;
     if wants_csv(&headers) {
         let csv = import::to_csv(&enrolled)?;
         return Ok((StatusCode::CREATED, [(header::CONTENT_TYPE, "text/csv; charset=utf-8")], csv).into_response());
     }
     answer.devices = enrolled.into_iter().map(ImportedDevice::new).collect();
     Ok((StatusCode::CREATED, Json(answer)).into_response())
+}
+
+/// One for each device, so that the origin of each is found.
+fn entries(import: &Import, enrolled: &[Enrolled]) -> Vec<Entry> {
+    let entry = |(new, made): (&NewDevice, &Enrolled)| {
+        let NewDevice { id, kind, group, labels, gateway } = new;
+        let credential = made.credential.id;
+        let after = json!({ "id": id, "type": kind, "group": group, "labels": labels, "gateway": gateway, "credential": credential });
+        Entry::of("device.enrol", id).on(id).after(&after)
+    };
+    import.devices().zip(enrolled).map(entry).collect()
 }
 
 fn refused(errors: Errors, rows: usize) -> Problem {

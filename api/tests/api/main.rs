@@ -19,4 +19,5 @@ mod questions;
 mod roles;
 mod sessions;
 mod telemetry;
+mod tenants;
 mod users;

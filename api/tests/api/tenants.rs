@@ -1,0 +1,238 @@
+//! Tenants do not know of each other, whatever is asked; the lines that keep them apart are tried one by one.
+//!
+//! Routes are taken from the document, so a new one is tried too; it may have to say here which id stands in its path,
+//! and with what body it does something.
+
+use std::time::Duration;
+
+use fleet_core::id::UserId;
+use fleet_core::tenancy::{self, Bounds};
+use serde_json::{Value, json};
+use sqlx::{AssertSqlSafe, Executor};
+use uuid::Uuid;
+
+use crate::harness::{Api, Reply};
+
+/// What the tenant `main` has, of each noun one.
+struct Main {
+    api: Api,
+    /// The segment of a path before a variable, the id in `main`, and one that nobody has.
+    ids: Vec<(&'static str, String, String)>,
+}
+
+/// A body with which a route would do something, by its method and the end of its path; `{}` for all others.
+fn body(method: &str, path: &str) -> Value {
+    match (method, path) {
+        ("POST", "/api/v1/devices") => json!({ "id": "boiler-1" }),
+        ("POST", "/api/v1/users") => json!({ "email": "eve@example.com", "password": "correct horse" }),
+        ("POST", "/api/v1/roles") => json!({ "id": "orders" }),
+        ("PUT", "/api/v1/roles/{id}") => json!({ "permissions": ["devices:read"], "topic_rules": [] }),
+        ("PATCH", "/api/v1/users/{id}" | "/api/v1/devices/{id}") => json!({ "disabled": true }),
+        _ => json!({}),
+    }
+}
+
+/// Words that no stranger may read.
+const MARKS: [&str; 6] =
+    ["group-of-main", "boiler-1", "ada@example.com", "orders", "a secret payload", "client-of-main"];
+
+impl Main {
+    async fn with_one_of_each() -> Self {
+        let api = Api::start().await;
+        api.post("/api/v1/roles", json!({ "id": "orders" })).await.expect(201);
+        let (ada, _) = api.user("ada@example.com", "orders").await;
+        let key = api.post("/api/v1/api-keys", json!({ "name": "k", "role": "orders" })).await.expect(201);
+        let binding = json!({ "user": ada, "role": "viewer", "scope": { "kind": "group", "group": "group-of-main" } });
+        let binding = api.post("/api/v1/bindings", binding).await.expect(201);
+        let enrolled = api.enrol("boiler-1").await;
+        let session = Uuid::now_v7();
+        let sql = format!(
+            "insert into session (id, name, tenant_key, device_key, client_id, expiry_s, connected, since, created_at)
+             select '{session}', 'n', tenant_key, key, 'client-of-main', 60, true, now(), now() from device;
+             insert into dead_letter
+             select gen_random_uuid(), tenant_key, 'boiler-1', 'topic', 'reason', convert_to('a secret payload', 'UTF8'), now()
+               from device;
+             insert into connection_event (id, tenant_key, device_key, client_id, kind, detail, count, at, minute)
+             select gen_random_uuid(), tenant_key, key, 'client-of-main', 'flapping', '{{}}', 1, now(), now() from device;
+             insert into shape (tenant_key, digest, metrics, kinds) select tenant_key, '', '{{temp}}', 'n' from device;
+             insert into telemetry (device_key, ts, seq, shape_id, nums)
+             select d.key, '2025-11-21T11:59:00Z', 1, s.id, '{{21.5}}' from device d join shape s using (tenant_key);
+             insert into device_latest select key, now(), '{{\"temp\": [1763722800000, 1, 21.5]}}' from device"
+        );
+        api.db.pool().execute(AssertSqlSafe(sql)).await.unwrap();
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        let nobodys = |prefix: &str| format!("{prefix}_{}", Uuid::now_v7().simple());
+        let ids = vec![
+            ("devices", "boiler-1".to_owned(), "boiler-0".to_owned()),
+            ("credentials", text(&enrolled["credential"]["id"]), nobodys("crd")),
+            ("users", ada.to_string(), nobodys("usr")),
+            ("bindings", text(&binding.body["id"]), nobodys("bnd")),
+            ("roles", "orders".to_owned(), "nobody".to_owned()),
+            ("api-keys", text(&key.body["id"]), nobodys("key")),
+            ("sessions", format!("ses_{}", session.simple()), nobodys("ses")),
+            ("connections", nobodys("con"), nobodys("con")),
+        ];
+        Self { api, ids }
+    }
+
+    /// An admin of another tenant.
+    async fn stranger(&self) -> (UserId, String) {
+        let (id, token) = self.api.user("stranger@example.org", "admin").await;
+        let sql = "with other as (insert into tenant (id, created_at) values ('other', now()) returning key)
+                   update app_user set tenant_key = other.key from other where id = $1";
+        sqlx::query(sql).bind(id.uuid()).execute(self.api.db.pool()).await.unwrap();
+        (id, token)
+    }
+
+    /// A path with the ids of `main` in it, and with those of nobody.
+    fn filled(&self, path: &str) -> (String, String) {
+        let (mut ours, mut nobodys, mut before) = (String::new(), String::new(), "");
+        for segment in path.split('/').skip(1) {
+            let (our, nobody) = if segment.starts_with('{') {
+                let found = self.ids.iter().find(|(noun, ..)| *noun == before);
+                let Some((_, our, nobody)) = found else {
+                    panic!("{path}: say which {before} of the tenant main stands for {segment}, in with_one_of_each")
+                };
+                (our.as_str(), nobody.as_str())
+            } else {
+                (segment, segment)
+            };
+            before = segment;
+            ours = format!("{ours}/{our}");
+            nobodys = format!("{nobodys}/{nobody}");
+        }
+        (ours, nobodys)
+    }
+
+    /// All that is stored of `main`.
+    async fn rows(&self) -> Vec<(String, Option<String>)> {
+        let mut rows = Vec::new();
+        let bounds = Bounds::of(self.api.db.tenant());
+        let mut tx = tenancy::begin(self.api.db.pool(), &bounds, Duration::from_secs(10)).await.unwrap();
+        fleet_core::device::open(&mut tx, self.api.db.tenant(), &"boiler-1".parse().unwrap()).await.unwrap();
+        for table in tables(&self.api).await {
+            let sql = format!("select string_agg(t::text, e'\\n' order by t::text) from {table} t");
+            rows.push((table, sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut *tx).await.unwrap()));
+        }
+        rows
+    }
+
+    fn says_nothing(&self, reply: &Reply, route: &str) {
+        let ids = self.ids.iter().map(|(_, id, _)| id.as_str());
+        for mark in MARKS.into_iter().chain(ids) {
+            assert!(!reply.text.contains(mark), "{route} told a stranger of {mark}: {}", reply.text);
+        }
+    }
+}
+
+async fn tables(api: &Api) -> Vec<String> {
+    let tables = sqlx::query_scalar(
+        "select distinct c.relname::text from pg_class c join pg_policy p on p.polrelid = c.oid order by 1",
+    );
+    tables.fetch_all(api.db.pool()).await.unwrap()
+}
+
+/// Method, pattern and query parameters of every route that needs a token and does not end it.
+fn routes() -> Vec<(String, String, Vec<String>)> {
+    let document: Value = serde_json::from_str(&api::openapi_json()).unwrap();
+    let mut routes = Vec::new();
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            let open = operation["security"].as_array().is_some_and(Vec::is_empty);
+            if open || path.starts_with("/api/v1/auth/logout") || path == "/api/v1/auth/refresh" {
+                continue;
+            }
+            let parameters = operation["parameters"].as_array().cloned().unwrap_or_default();
+            let asked = parameters.iter().filter(|parameter| parameter["in"] == "query");
+            let asked = asked.map(|parameter| parameter["name"].as_str().unwrap().to_owned()).collect();
+            routes.push((method.to_uppercase(), path.clone(), asked));
+        }
+    }
+    // Looking comes first, making last: what a stranger makes is the stranger's.
+    routes.sort_by_key(|(method, path, _)| (method != "GET", !path.contains('{')));
+    routes
+}
+
+/// Status and body of the answer about a path, without what names the request; `other` tells where the ids are.
+fn plain(reply: &Reply, path: &str, other: &str) -> (u16, String) {
+    let mut body = reply.body.clone();
+    if let Some(body) = body.as_object_mut() {
+        body.remove("request_id");
+        body.remove("instance");
+    }
+    let ids = path.split('/').zip(other.split('/')).filter(|(id, other)| id != other);
+    let said = ids.fold(body.to_string(), |said, (id, _)| said.replace(id, "…"));
+    (reply.status.as_u16(), said)
+}
+
+async fn ask(main: &Main, token: &str, method: &str, path: &str, body: &Value) -> Reply {
+    let ask = main.api.as_who(token, method, path);
+    let ask = match method {
+        "GET" | "DELETE" => ask,
+        "PATCH" => ask.raw("application/merge-patch+json", body.to_string()),
+        _ => ask.json(body),
+    };
+    ask.send().await
+}
+
+/// Tries every route as the admin of another tenant.
+async fn try_everything(main: &Main, token: &str, second_line: bool) {
+    let switch = if second_line { "enable" } else { "disable" };
+    let all = tables(&main.api).await;
+    let turn = |how: &str| {
+        let sql = all.iter().map(|table| format!("alter table {table} {how} row level security"));
+        let sql = sql.collect::<Vec<_>>().join(";");
+        main.api.db.pool().execute(AssertSqlSafe(sql))
+    };
+    let before = main.rows().await;
+    for (method, pattern, parameters) in routes() {
+        let (ours, nobodys) = main.filled(&pattern);
+        let body = body(&method, &pattern);
+        let route = format!("{method} {pattern}");
+        turn(switch).await.unwrap();
+        let reply = ask(main, token, &method, &ours, &body).await;
+        assert_ne!(reply.status.as_u16(), 401, "{route}: the stranger is not let in at all");
+        if ours != nobodys {
+            let unknown = ask(main, token, &method, &nobodys, &body).await;
+            assert!(reply.status.is_client_error() || reply.status.as_u16() == 503, "{route}: {}", reply.text);
+            assert_eq!(
+                plain(&reply, &ours, &nobodys),
+                plain(&unknown, &nobodys, &ours),
+                "{route} tells that an id exists elsewhere"
+            );
+        } else if method == "GET" {
+            main.says_nothing(&reply, &route);
+            if parameters.iter().any(|name| name == "device") {
+                let reply = ask(main, token, &method, &format!("{ours}?device=boiler-1"), &body).await;
+                assert_eq!(reply.body["items"].as_array().map_or(0, Vec::len), 0, "{route}: {}", reply.text);
+            }
+        }
+        turn("enable").await.unwrap();
+        assert_eq!(main.rows().await, before, "{route} changed something of another tenant");
+    }
+}
+
+#[tokio::test]
+async fn a_stranger_learns_and_changes_nothing_through_any_route() {
+    let main = Main::with_one_of_each().await;
+    let (_, token) = main.stranger().await;
+    try_everything(&main, &token, true).await;
+}
+
+#[tokio::test]
+async fn each_statement_keeps_to_its_tenant_without_the_second_line_too() {
+    let main = Main::with_one_of_each().await;
+    let (_, token) = main.stranger().await;
+    try_everything(&main, &token, false).await;
+}
+
+#[tokio::test]
+async fn the_paths_that_strangers_try_are_there_for_those_at_home() {
+    let main = Main::with_one_of_each().await;
+    for (method, pattern, _) in routes() {
+        let (ours, nobodys) = main.filled(&pattern);
+        if method == "GET" && ours != nobodys && !pattern.contains("/connections/") {
+            main.api.get(&ours).await.expect(200);
+        }
+    }
+}

@@ -1,5 +1,6 @@
 //! Journeys across the crates, one file a journey, with real clients and a real server.
 
+mod access;
 mod admission;
 mod architecture;
 mod conformance;

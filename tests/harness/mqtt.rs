@@ -111,6 +111,11 @@ impl Mqtt {
         (text(&publish.topic), text(&publish.payload))
     }
 
+    /// The next message, if one comes within so long.
+    pub(crate) async fn message_within(&mut self, wait: Duration) -> Option<(String, String)> {
+        timeout(wait, self.message()).await.ok()
+    }
+
     /// Says good-bye and waits until the server has closed.
     pub(crate) async fn disconnect(mut self) {
         self.client.disconnect().await.expect("the client runs");

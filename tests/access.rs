@@ -1,0 +1,168 @@
+//! Who is bound to some devices sees and reaches those devices and no others, on topics too, and a change of that holds at once.
+
+use std::time::Duration;
+
+use reqwest::{Method, StatusCode};
+use rumqttc::v5::mqttbytes::v5::{PubAckReason, SubscribeReasonCode};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::harness::{Device, Fleet, Mqtt, PATIENCE};
+
+fn group(path: &str) -> Value {
+    json!({ "kind": "group", "group": path })
+}
+
+async fn enrol(fleet: &Fleet, id: &str, group: &str) -> Device {
+    let made = fleet.make("/api/v1/devices", json!({ "id": id, "group": group })).await;
+    let text = |field: &str| made["credential"][field].as_str().expect("a credential").to_owned();
+    Device { id: id.to_owned(), username: text("username"), password: text("password") }
+}
+
+/// A user with roles in scopes only, and an access token.
+async fn bound(fleet: &Fleet, email: &str, bindings: &[(&str, Value)]) -> (String, String, Vec<String>) {
+    let user = fleet.make("/api/v1/users", json!({ "email": email, "password": "correct horse battery" })).await;
+    let id = user["id"].as_str().expect("an id").to_owned();
+    let mut made = Vec::new();
+    for (role, scope) in bindings {
+        let binding = fleet.make("/api/v1/bindings", json!({ "user": id, "role": role, "scope": scope })).await;
+        made.push(binding["id"].as_str().expect("an id").to_owned());
+    }
+    let login = json!({ "email": email, "password": "correct horse battery" });
+    let (status, answer) = fleet.call(Method::POST, "/api/v1/auth/login", Some(login)).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    (id, answer["access_token"].as_str().expect("a token").to_owned(), made)
+}
+
+async fn change(fleet: &Fleet, device: &str, patch: Value) {
+    let (status, answer) = fleet.call(Method::PATCH, &format!("/api/v1/devices/{device}"), Some(patch)).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+}
+
+async fn say(client: &mut Mqtt, device: &Device, text: &str) {
+    let payload = format!("{{\"said\":\"{text}\"}}");
+    assert_eq!(client.publish(&device.topic("telemetry"), payload).await, PubAckReason::Success);
+}
+
+/// The next message is this one, so nothing came before it that should not.
+async fn hears(client: &mut Mqtt, device: &Device, text: &str) {
+    let (topic, payload) = client.message().await;
+    assert_eq!((topic, payload), (device.topic("telemetry"), format!("{{\"said\":\"{text}\"}}")));
+}
+
+/// Says `text` again and again until it is heard; how long that took.
+async fn until_heard(from: &mut Mqtt, device: &Device, by: &mut Mqtt, text: &str) {
+    let began = Instant::now();
+    loop {
+        say(from, device, text).await;
+        if by.message_within(Duration::from_millis(100)).await.is_some() {
+            break;
+        }
+        assert!(began.elapsed() < PATIENCE, "{text} was never heard");
+    }
+    println!("{text}: {} ms from change to effect", began.elapsed().as_millis());
+    // What was said more than once is heard more than once.
+    while by.message_within(Duration::from_millis(300)).await.is_some() {}
+}
+
+#[tokio::test]
+async fn a_scoped_user_is_given_the_messages_of_devices_in_scope_only() {
+    let fleet = Fleet::start().await;
+    let (near, far) = (enrol(&fleet, "near", "site/a").await, enrol(&fleet, "far", "site/b").await);
+    let (mut from_near, mut from_far) = (fleet.connect(&near).await, fleet.connect(&far).await);
+    let (_, token, _) = bound(&fleet, "ada@example.com", &[("viewer", group("site/a"))]).await;
+    let mut ada =
+        Mqtt::connect(fleet.mqtt_addr(), "ada", "ada@example.com", &token).await.expect("a token opens the door");
+    let granted = |code| matches!(code, SubscribeReasonCode::Success(_));
+    assert!(granted(ada.subscribe("fleet/v1/main/+/telemetry").await));
+    for refused in [
+        "fleet/v1/main/far/telemetry",
+        "fleet/v1/main/nobody/telemetry",
+        "fleet/v1/main/#",
+        "fleet/v1/+/near/telemetry",
+        "#",
+    ] {
+        assert_eq!(ada.subscribe(refused).await, SubscribeReasonCode::NotAuthorized, "{refused}");
+    }
+    say(&mut from_far, &far, "1").await;
+    say(&mut from_near, &near, "2").await;
+    hears(&mut ada, &near, "2").await;
+
+    // One that is enrolled meanwhile, below the group.
+    let new = enrol(&fleet, "new", "site/a/cell-1").await;
+    let mut from_new = fleet.connect(&new).await;
+    say(&mut from_new, &new, "3").await;
+    hears(&mut ada, &new, "3").await;
+
+    // One that moves in, and one that moves out.
+    change(&fleet, "far", json!({ "group": "site/a" })).await;
+    until_heard(&mut from_far, &far, &mut ada, "moved in").await;
+    change(&fleet, "near", json!({ "group": "site/b" })).await;
+    let began = Instant::now();
+    loop {
+        say(&mut from_near, &near, "moving out").await;
+        if ada.message_within(Duration::from_millis(150)).await.is_none() {
+            break;
+        }
+        assert!(began.elapsed() < PATIENCE, "it is heard for ever");
+    }
+    println!("moved out: {} ms from change to effect", began.elapsed().as_millis());
+    say(&mut from_near, &near, "4").await;
+    say(&mut from_new, &new, "5").await;
+    hears(&mut ada, &new, "5").await;
+
+    // She may read the same devices, and none besides, on the REST API.
+    let (status, listed) = fleet.call_as(&token, Method::GET, "/api/v1/devices", None).await;
+    let ids = listed["items"].as_array().expect("items").iter().map(|item| &item["id"]).collect::<Vec<_>>();
+    assert_eq!((status, ids), (StatusCode::OK, vec![&json!("far"), &json!("new")]));
+}
+
+#[tokio::test]
+async fn commands_are_sent_to_devices_in_scope_only() {
+    let fleet = Fleet::start().await;
+    let (near, far) = (enrol(&fleet, "near", "site/a").await, enrol(&fleet, "far", "site/b").await);
+    let mut from_near = fleet.connect(&near).await;
+    assert!(matches!(from_near.subscribe(&near.topic("commands/+/request")).await, SubscribeReasonCode::Success(_)));
+    let key = json!({ "name": "k", "role": "operator", "scope": { "kind": "selector", "selector": "group:site/a" } });
+    let key = fleet.make("/api/v1/api-keys", key).await;
+    let secret = key["secret"].as_str().expect("a secret");
+    let mut app = Mqtt::connect(fleet.mqtt_addr(), "app", "app", secret).await.expect("a key opens the door");
+    assert_eq!(app.publish(&near.topic("commands/1/request"), "{}").await, PubAckReason::Success);
+    assert_eq!(from_near.message().await.0, near.topic("commands/1/request"));
+    for refused in [far.topic("commands/1/request"), near.topic("telemetry"), near.topic("commands/1/response")] {
+        assert_eq!(app.publish(&refused, "{}").await, PubAckReason::NotAuthorized, "{refused}");
+    }
+    // The decision was about this device at this moment, not for ever.
+    change(&fleet, "near", json!({ "group": "site/b" })).await;
+    let began = Instant::now();
+    while app.publish(&near.topic("commands/1/request"), "{}").await != PubAckReason::NotAuthorized {
+        assert!(began.elapsed() < PATIENCE, "it may be commanded for ever");
+    }
+    println!("no longer in scope: {} ms from change to effect", began.elapsed().as_millis());
+}
+
+#[tokio::test]
+async fn a_binding_that_ends_ends_the_subscription_and_one_that_comes_widens_it() {
+    let fleet = Fleet::start().await;
+    let far = enrol(&fleet, "far", "site/b").await;
+    let mut from_far = fleet.connect(&far).await;
+    let (user, token, made) = bound(&fleet, "ada@example.com", &[("viewer", group("site/a"))]).await;
+    let mut ada =
+        Mqtt::connect(fleet.mqtt_addr(), "ada", "ada@example.com", &token).await.expect("a token opens the door");
+    assert!(matches!(ada.subscribe("fleet/v1/main/+/telemetry").await, SubscribeReasonCode::Success(_)));
+    say(&mut from_far, &far, "unheard").await;
+    let wider =
+        fleet.make("/api/v1/bindings", json!({ "user": user, "role": "viewer", "scope": group("site/b") })).await;
+    until_heard(&mut from_far, &far, &mut ada, "bound").await;
+    for id in [&made[0], wider["id"].as_str().expect("an id")] {
+        let (status, _) = fleet.call(Method::DELETE, &format!("/api/v1/bindings/{id}"), None).await;
+        assert_eq!(status, StatusCode::NO_CONTENT);
+    }
+    let began = Instant::now();
+    while ada.subscribe("fleet/v1/main/+/status").await != SubscribeReasonCode::NotAuthorized {
+        assert!(began.elapsed() < PATIENCE, "the binding holds for ever");
+    }
+    println!("unbound: {} ms from change to effect", began.elapsed().as_millis());
+    say(&mut from_far, &far, "after").await;
+    assert_eq!(ada.message_within(Duration::from_millis(500)).await, None);
+}

@@ -1,7 +1,9 @@
-//! The command line: `muster serve`, `demo`, `sim`, `tls`, `config`. Thin: each subcommand is a file.
+//! The command line: `muster serve`, `demo`, `sim`, `access`, `tls`, `config`. Thin: each subcommand is a file.
 
+mod access;
 mod demo;
 mod exit;
+mod remote;
 mod serve;
 mod settings;
 mod sim;
@@ -32,6 +34,9 @@ enum Command {
     Demo(demo::Args),
     /// Simulate devices against a server and prove that nothing acknowledged was lost.
     Sim(Box<sim::Args>),
+    /// Ask who may do what, and what a change would give and take.
+    #[command(subcommand)]
+    Access(access::Command),
     /// Make certificates for development.
     #[command(subcommand)]
     Tls(tls::Command),
@@ -48,6 +53,7 @@ async fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args).await,
         Command::Demo(args) => demo::run(args).await,
         Command::Sim(args) => sim::run(*args).await,
+        Command::Access(command) => access::run(command).await,
         Command::Tls(command) => tls::run(&command),
         Command::Config => settings::print(),
     };

@@ -7,7 +7,7 @@ use rumqttc::v5::mqttbytes::v5::{PubAckReason, SubscribeReasonCode};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::harness::{Device, Fleet, Mqtt, PATIENCE};
+use crate::harness::{Device, Fleet, Mqtt, PATIENCE, muster};
 
 fn group(path: &str) -> Value {
     json!({ "kind": "group", "group": path })
@@ -165,4 +165,32 @@ async fn a_binding_that_ends_ends_the_subscription_and_one_that_comes_widens_it(
     println!("unbound: {} ms from change to effect", began.elapsed().as_millis());
     say(&mut from_far, &far, "after").await;
     assert_eq!(ada.message_within(Duration::from_millis(500)).await, None);
+}
+
+/// What `muster access` prints, and how it exits.
+async fn muster_access(fleet: &Fleet, args: &[&str]) -> (bool, String) {
+    let mut command = muster();
+    command.args(["access"]).args(args).args(["--url", fleet.url()]).env("MUSTER_TOKEN", fleet.token());
+    let done = command.output().await.expect("the binary runs");
+    let said = [done.stdout, done.stderr].concat();
+    (done.status.success(), String::from_utf8_lossy(&said).trim().to_owned())
+}
+
+#[tokio::test]
+async fn the_command_line_asks_the_same_questions() {
+    let fleet = Fleet::start().await;
+    enrol(&fleet, "near", "site/a").await;
+    let (user, _, _) = bound(&fleet, "ada@example.com", &[("viewer", group("site/a"))]).await;
+    let (yes, said) = muster_access(&fleet, &["check", "ada@example.com", "telemetry:read", "near"]).await;
+    assert!(yes && said.starts_with("allow: ") && said.contains("role viewer by bnd_"), "{said}");
+    let (yes, said) = muster_access(&fleet, &["check", "near", "publish", "fleet/v1/main/far/telemetry"]).await;
+    assert!(!yes && said.starts_with("deny: "), "{said}");
+    let (yes, said) = muster_access(&fleet, &["check", "ada@example.com", "devices:eat"]).await;
+    assert!(!yes && said.contains("expected publish"), "{said}");
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("change.json");
+    let change = json!({ "user": { "id": user, "role": "operator" } });
+    std::fs::write(&file, change.to_string()).expect("the file can be written");
+    let (_, said) = muster_access(&fleet, &["diff", file.to_str().expect("a path")]).await;
+    assert!(said.contains("+ commands:send for 1 devices: near") && said.contains("+ POST /api/v1/devices"), "{said}");
 }

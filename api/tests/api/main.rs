@@ -15,6 +15,7 @@ mod harness;
 mod import;
 mod login;
 mod login_sessions;
+mod matrix;
 mod questions;
 mod roles;
 mod sessions;

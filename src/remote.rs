@@ -1,0 +1,73 @@
+//! Commands that ask a running server: where it is, who asks, and its answers.
+
+use anyhow::{Context, bail};
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+/// Where the server is, and who asks.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Server {
+    /// Where REST is.
+    #[arg(long, env = "MUSTER_URL", default_value = "http://127.0.0.1:8080")]
+    url: String,
+    /// An API key or an access token; without one, e-mail and password are used.
+    #[arg(long, env = "MUSTER_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    /// Who asks.
+    #[arg(long, env = "MUSTER_ADMIN_EMAIL", default_value = "admin@example.com")]
+    email: String,
+    /// The password; better in the environment than on the command line.
+    #[arg(long, env = "MUSTER_ADMIN_PASSWORD", hide_env_values = true)]
+    password: Option<String>,
+}
+
+impl Server {
+    /// Logs in, unless there is a token already.
+    pub(crate) async fn connect(&self) -> anyhow::Result<Remote> {
+        let http = reqwest::Client::builder().no_proxy().build()?;
+        let base = format!("{}/api/v1", self.url.trim_end_matches('/'));
+        let mut remote = Remote { http, base, token: String::new() };
+        remote.token = match (&self.token, &self.password) {
+            (Some(token), _) => token.clone(),
+            (None, Some(password)) => {
+                let login = json!({ "email": self.email, "password": password, "cookie": false });
+                let answer = remote.post("/auth/login", &login).await?;
+                answer["access_token"].as_str().context("the server answered a login without a token")?.to_owned()
+            }
+            (None, None) => bail!("expected MUSTER_TOKEN, or MUSTER_ADMIN_EMAIL and MUSTER_ADMIN_PASSWORD"),
+        };
+        Ok(remote)
+    }
+}
+
+/// A server that was reached, and in whose name it is asked.
+pub(crate) struct Remote {
+    http: reqwest::Client,
+    base: String,
+    token: String,
+}
+
+impl Remote {
+    /// What the server answers; a refusal is an error that says why.
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        let mut request = self.http.request(Method::POST, format!("{}{path}", self.base)).json(body);
+        if !self.token.is_empty() {
+            request = request.bearer_auth(&self.token);
+        }
+        let answer = request.send().await.with_context(|| format!("{} cannot be reached", self.base))?;
+        let status = answer.status();
+        let body = answer.json::<Value>().await.unwrap_or_default();
+        if !status.is_success() {
+            bail!("{}: {}", reason(status), body["detail"].as_str().unwrap_or("no reason was given"));
+        }
+        Ok(body)
+    }
+}
+
+fn reason(status: StatusCode) -> String {
+    match status {
+        StatusCode::UNAUTHORIZED => "not logged in".into(),
+        StatusCode::FORBIDDEN => "not allowed".into(),
+        status => format!("refused ({})", status.as_u16()),
+    }
+}

@@ -31,8 +31,8 @@ pub(crate) enum Command {
     },
     /// Ask what a change would give and take before it is made.
     Diff {
-        /// A file with the change in JSON, `-` for standard input: {"role": {"id", "permissions", "topic_rules"}}, or
-        /// {"binding": {"user", "role", "scope"}}, {"unbind": "bnd_…"}, {"user": {"id", "role"}}.
+        /// A file with the change in JSON, `-` for standard input: one of `role` (id, permissions,
+        /// `topic_rules`), `binding` (user, role, scope), `unbind` (the id of a binding), `user` (id, role).
         change: PathBuf,
         /// Print the answer as JSON.
         #[arg(long)]
@@ -72,25 +72,20 @@ fn read(file: &PathBuf) -> anyhow::Result<Value> {
 }
 
 fn decision(answer: &Value) -> String {
-    let mut said = format!("{}: {}", text(&answer["decision"]), text(&answer["reason"]));
+    let said = format!("{}: {}", text(&answer["decision"]), text(&answer["reason"]));
     let by = &answer["decided_by"];
-    if by.is_object() {
-        let source = match (by["binding"].as_str(), by["api_key"].as_str()) {
-            (Some(id), _) | (_, Some(id)) => id,
-            _ => by["source"].as_str().unwrap_or_default(),
-        };
-        said.push_str(&format!("\nrole {} by {source}", text(&by["role"])));
-        let rule = &by["rule"];
-        if rule.is_object() {
-            said.push_str(&format!(
-                ", rule {} {} {}",
-                text(&rule["effect"]),
-                text(&rule["action"]),
-                text(&rule["filter"])
-            ));
-        }
+    if !by.is_object() {
+        return said;
     }
-    said
+    let source = by["binding"].as_str().or(by["api_key"].as_str()).or(by["source"].as_str()).unwrap_or_default();
+    let rule = &by["rule"];
+    let rule = ["effect", "action", "filter"].map(|part| text(&rule[part])).join(" ");
+    format!(
+        "{said}\nrole {} by {source}{}{}",
+        text(&by["role"]),
+        if rule.trim().is_empty() { "" } else { ", rule " },
+        rule.trim()
+    )
 }
 
 fn difference(answer: &Value) -> String {

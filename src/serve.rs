@@ -12,6 +12,7 @@ use api::{App, Health};
 use axum::serve::ListenerExt;
 use broker::{Broker, Parts};
 use clap::ValueEnum;
+use fleet_core::authority::Pki;
 use fleet_core::clock::Clock;
 use fleet_core::config::Config;
 use fleet_core::database::Database;
@@ -137,13 +138,16 @@ impl Server {
         if let Some(cluster) = database.cluster() {
             registry.register(Box::new(cluster.restarts().clone()))?;
         }
+        let pki = Pki::new(config.certificates.clone(), &data_dir);
         let broker = if plays(Role::Broker) {
-            Some(start_broker(&config, &data_dir, &database, &keys, &clock, &registry).await?)
+            Some(start_broker(&config, &data_dir, &database, (&keys, &pki), &clock, &registry).await?)
         } else {
             None
         };
         let http = match listener {
-            Some(listener) => Some(start_http(listener, &config, &database, keys, &clock, &registry, broker.as_ref())?),
+            Some(listener) => {
+                Some(start_http(listener, &config, &database, (keys, pki), &clock, &registry, broker.as_ref())?)
+            }
             None => None,
         };
         let worker = plays(Role::Worker).then(|| Worker::start(database.pool().clone(), config, clock));
@@ -196,7 +200,7 @@ async fn start_broker(
     config: &Config,
     data_dir: &Path,
     database: &Database,
-    keys: &Arc<Keys>,
+    (keys, pki): (&Arc<Keys>, &Pki),
     clock: &Clock,
     registry: &Registry,
 ) -> Result<Broker, broker::StartError> {
@@ -210,6 +214,7 @@ async fn start_broker(
         db: database.pool().clone(),
         writer_options: database.options(),
         keys: keys.clone(),
+        pki: pki.clone(),
         clock: clock.clone(),
         registry: registry.clone(),
     })
@@ -227,7 +232,7 @@ fn start_http(
     listener: TcpListener,
     config: &Config,
     database: &Database,
-    keys: Arc<Keys>,
+    (keys, pki): (Arc<Keys>, Pki),
     clock: &Clock,
     registry: &Registry,
     broker: Option<&Broker>,
@@ -239,7 +244,7 @@ fn start_http(
         }),
         None => Health::new(),
     };
-    let app = App::new(database.pool().clone(), clock.clone(), keys, registry.clone(), config, health)?;
+    let app = App::new(database.pool().clone(), clock.clone(), keys, pki, registry.clone(), config, health)?;
     let address = listener.local_addr()?;
     let listener = listener.tap_io(|socket| {
         // What a client is told is small and must not wait for more.

@@ -157,6 +157,7 @@ mod tests {
     use std::sync::Arc;
 
     use axum::routing::get;
+    use fleet_core::authority::Pki;
     use fleet_core::clock::Clock;
     use fleet_core::config::{Config, Environment};
     use fleet_core::testing::TestDb;
@@ -172,7 +173,8 @@ mod tests {
         let mut conn = db.pool().acquire().await.unwrap();
         let keys = Arc::new(Keys::load(&mut conn, Clock::system(), 900).await.unwrap());
         let (pool, registry) = (db.pool().clone(), Registry::new());
-        App::new(pool, Clock::system(), keys, registry, &config, Health::new()).unwrap()
+        let pki = Pki::new(config.certificates.clone(), std::path::Path::new("/nowhere"));
+        App::new(pool, Clock::system(), keys, pki, registry, &config, Health::new()).unwrap()
     }
 
     #[tokio::test]

@@ -144,7 +144,8 @@ rights!(
     DeadLettersRead,
     ConnectionsRead,
     ConnectionsManage,
-    AccessManage
+    AccessManage,
+    AuthoritiesManage
 );
 
 /// A caller who holds the permission `R`.

@@ -30,8 +30,8 @@ pub use state::{App, Health};
 
 use problem::Problem;
 use routes::{
-    access, api_keys, auth, bindings, connections, credentials, dead_letters, devices, docs, import, login_failures,
-    login_sessions, operations, roles, sessions, telemetry, users,
+    access, api_keys, auth, authorities, bindings, certificates, connections, credentials, dead_letters, devices, docs,
+    import, login_failures, login_sessions, operations, roles, sessions, telemetry, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -52,6 +52,12 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(credentials::issue, credentials::list))
         .routes(routes!(credentials::rotate))
         .routes(routes!(credentials::revoke))
+        .routes(routes!(certificates::sign, certificates::list))
+        .routes(routes!(certificates::allow_renewal))
+        .routes(routes!(authorities::create, authorities::list))
+        .routes(routes!(authorities::nonce))
+        .routes(routes!(authorities::read, authorities::change, authorities::delete))
+        .routes(routes!(authorities::crl, authorities::upload_crl))
         .routes(routes!(telemetry::series))
         .routes(routes!(telemetry::latest))
         .routes(routes!(dead_letters::list))
@@ -131,6 +137,7 @@ pub fn refusal(status: u16, kind: &'static str, detail: impl Into<String>) -> Re
         (name = "auth", description = "Logging in"),
         (name = "devices", description = "What the fleet is made of"),
         (name = "credentials", description = "By which devices prove who they are"),
+        (name = "authorities", description = "Who signs the certificates of devices, and vouches for them"),
         (name = "telemetry", description = "What devices say about themselves"),
         (name = "dead-letters", description = "Payloads that could not be read"),
         (name = "sessions", description = "What outlives the connections of clients: subscriptions, and messages that wait"),

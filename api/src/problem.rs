@@ -229,6 +229,12 @@ impl From<Error> for Problem {
             Error::DeviceExists(_) => (409, "device-exists"),
             Error::CertificateTaken => (409, "certificate-taken"),
             Error::TooManyCredentials(_) => (409, "too-many-credentials"),
+            Error::NoSuchAuthority(_) => (404, "no-such-authority"),
+            Error::NoRevocationList(_) => (404, "no-revocation-list"),
+            Error::AuthorityExists(_) => (409, "authority-exists"),
+            Error::AuthorityEnabled(_) => (409, "authority-enabled"),
+            Error::CannotSign(_) => (409, "cannot-sign"),
+            Error::OldRevocationList { .. } => (409, "old-revocation-list"),
             Error::NoSuchRole(_) => (404, "no-such-role"),
             Error::NoSuchBinding(_) => (404, "no-such-binding"),
             Error::BindingExists => (409, "binding-exists"),
@@ -269,6 +275,7 @@ impl From<Error> for Problem {
             | Error::Postgres(_)
             | Error::UnusableDatabase(_)
             | Error::Migrate(_)
+            | Error::Seal(_)
             | Error::Internal(_)
             | Error::Database(_) => return Self::internal(&error),
         };

@@ -3,7 +3,9 @@
 pub(crate) mod access;
 pub(crate) mod api_keys;
 pub(crate) mod auth;
+pub(crate) mod authorities;
 pub(crate) mod bindings;
+pub(crate) mod certificates;
 pub(crate) mod connections;
 pub(crate) mod credentials;
 pub(crate) mod dead_letters;

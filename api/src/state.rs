@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::HeaderValue;
+use fleet_core::authority::Pki;
 use fleet_core::clock::Clock;
 use fleet_core::config::{Auth, Config, Http, Provisioning};
 use fleet_core::control::{self, Answers, Request};
@@ -27,6 +28,7 @@ pub struct App {
     pub(crate) db: PgPool,
     pub(crate) clock: Clock,
     pub(crate) keys: Arc<Keys>,
+    pub(crate) pki: Pki,
     pub(crate) logins: Logins,
     pub(crate) registry: Registry,
     pub(crate) metrics: Metrics,
@@ -47,6 +49,7 @@ impl App {
         db: PgPool,
         clock: Clock,
         keys: Arc<Keys>,
+        pki: Pki,
         registry: Registry,
         config: &Config,
         health: Health,
@@ -57,7 +60,7 @@ impl App {
         let provisioning = Arc::new(config.provisioning.clone());
         let hsts = HeaderValue::from_str(&format!("max-age={}; includeSubDomains", http.hsts_s)).ok();
         let hsts = hsts.filter(|_| http.hsts_s > 0);
-        Ok(Self { db, clock, keys, logins, registry, metrics, health, http, auth, provisioning, hsts })
+        Ok(Self { db, clock, keys, pki, logins, registry, metrics, health, http, auth, provisioning, hsts })
     }
 
     /// A transaction bound to nobody, for what is done before anybody has logged in; all else has `tx.rs`. Its statements

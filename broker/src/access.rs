@@ -26,7 +26,6 @@ use crate::identity::{self, Certificates};
 use crate::ingest::Sender;
 use crate::listener::Arrival;
 use crate::metrics::{Limit, Metrics};
-use crate::tls::Tls;
 use crate::wire::{Connect, Reason};
 
 /// Access tokens verified at once: users are few, and must not take the REST API's connections.
@@ -72,7 +71,7 @@ impl Access {
         clock: Clock,
         settings: &config::Admission,
         metrics: &Metrics,
-        tls: Option<Arc<Tls>>,
+        certificates: Certificates,
         directory: Arc<Directory>,
     ) -> Self {
         let within = Duration::from_millis(settings.authentication_timeout_ms);
@@ -83,7 +82,6 @@ impl Access {
             move |tokens| verify_devices(db.clone(), clock.clone(), tokens)
         });
         let users = Semaphore::new(TOKENS_AT_ONCE);
-        let certificates = Certificates::new(db.clone(), clock.clone(), tls);
         Self { db, keys, clock, certificates, metrics: metrics.clone(), within, devices, users, directory }
     }
 

@@ -62,6 +62,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fleet_core::authority::Pki;
 use fleet_core::clock::Clock;
 use fleet_core::config;
 use fleet_core::directory::Directory;
@@ -81,6 +82,7 @@ use access::Access;
 use admission::Admission;
 use control::{Control, Controlling};
 use events::Events;
+use identity::Certificates;
 use ingest::Ingest;
 use listener::Entrance;
 use presence::Presences;
@@ -115,6 +117,8 @@ pub struct Parts {
     pub writer_options: PgConnectOptions,
     /// Verifies access tokens.
     pub keys: Arc<Keys>,
+    /// Signs certificates that devices ask for.
+    pub pki: Pki,
     /// The time.
     pub clock: Clock,
     /// Where the metrics are registered.
@@ -219,6 +223,7 @@ impl Broker {
             events: events.clone(),
         });
         let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &store, &metrics);
+        let certificates = Certificates::new(parts.db.clone(), parts.clock.clone(), tls.clone(), parts.pki.settings());
         let shared = Arc::new(Shared {
             access: Access::new(
                 parts.db,
@@ -226,7 +231,7 @@ impl Broker {
                 parts.clock.clone(),
                 &parts.admission,
                 &metrics,
-                tls.clone(),
+                certificates,
                 directory.clone(),
             ),
             directory,

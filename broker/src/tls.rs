@@ -1,7 +1,8 @@
 //! TLS: the certificate the broker shows, the ones its clients show, and how the first is renewed while it runs.
 //!
 //! [`Tls::load`] reads the files that [`TlsFiles`] names, [`Tls::handshake`] turns a socket into an encrypted one,
-//! [`Tls::vouches_for`] tells whether a registered authority signed a client's certificate.
+//! [`Tls::vouches_for`] tells whether an authority of the settings signed a client's certificate, [`Tls::is_signed_by`] the
+//! same of one of a tenant's.
 //! Holds: a client may show a certificate and need not. Any that can be read is taken when the client proves that it
 //! holds the key; whom it stands for is decided with the CONNECT, where the client can be told (ADR 6). Files that
 //! change are taken up without a restart, and broken ones leave the last good ones in force. Open connections go on.
@@ -188,15 +189,22 @@ impl Tls {
         }
     }
 
-    /// Whether a registered authority signed this certificate for a client, now and through this chain, and did not take it
-    /// back.
+    /// Whether an authority of the settings signed this certificate for a client, now and through this chain, and did not take
+    /// it back.
     pub(crate) fn vouches_for(&self, chain: &[Vec<u8>], now: DateTime<Utc>) -> bool {
-        let Some(authorities) = self.in_force.read().authorities.clone() else { return false };
-        let chain: Vec<_> = chain.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
-        let Some((own, others)) = chain.split_first() else { return false };
-        let now = UnixTime::since_unix_epoch(Duration::from_secs(u64::try_from(now.timestamp()).unwrap_or(0)));
-        let verified = authorities.verify_client_cert(own, others, now);
-        verified.inspect_err(|error| tracing::debug!(%error, "no authority vouches for a certificate")).is_ok()
+        let authorities = self.in_force.read().authorities.clone();
+        authorities.is_some_and(|authorities| is_verified(&*authorities, chain, now))
+    }
+
+    /// Whether this authority, in DER, signed this certificate for a client, now and through this chain.
+    pub(crate) fn is_signed_by(&self, authority: &[u8], chain: &[Vec<u8>], now: DateTime<Utc>) -> bool {
+        let mut roots = RootCertStore::empty();
+        if let Err(error) = roots.add(CertificateDer::from(authority)) {
+            tracing::warn!(%error, "a registered authority cannot be used");
+            return false;
+        }
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), self.provider.clone()).build();
+        verifier.is_ok_and(|verifier| is_verified(&*verifier, chain, now))
     }
 
     /// Takes up the files if they have changed since they were `seen`.
@@ -225,6 +233,14 @@ impl Tls {
             }
         }
     }
+}
+
+fn is_verified(authorities: &dyn ClientCertVerifier, chain: &[Vec<u8>], now: DateTime<Utc>) -> bool {
+    let chain: Vec<_> = chain.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
+    let Some((own, others)) = chain.split_first() else { return false };
+    let now = UnixTime::since_unix_epoch(Duration::from_secs(u64::try_from(now.timestamp()).unwrap_or(0)));
+    let verified = authorities.verify_client_cert(own, others, now);
+    verified.inspect_err(|error| tracing::debug!(%error, "no authority vouches for a certificate")).is_ok()
 }
 
 /// The certificates a client showed, in DER, its own first.

@@ -30,6 +30,7 @@ pub struct Config {
     pub database: Database,
     pub auth: Auth,
     pub provisioning: Provisioning,
+    pub certificates: Certificates,
     pub retention: Retention,
     pub log: Log,
 }
@@ -229,6 +230,50 @@ pub struct Provisioning {
     pub max_import_rows: usize,
     pub max_import_bytes: usize,
     pub max_children: usize,
+}
+
+/// `[certificates]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Certificates {
+    pub key_file: String,
+    pub max_authorities: usize,
+    pub authority_lifetime_s: u64,
+    pub lifetime_s: u64,
+    pub max_lifetime_s: u64,
+    pub max_csr_bytes: usize,
+    pub first_by_token: bool,
+    pub renewal_overlap_s: u64,
+    pub renewal_grace_s: u64,
+    pub max_renewals: u16,
+    pub crl_lifetime_s: u64,
+    pub crl_base_url: String,
+    pub max_crl_entries: usize,
+}
+
+impl Certificates {
+    /// Rules that types do not carry.
+    fn rules(&self) -> [(bool, &'static str); 6] {
+        let century = 1..=3_155_760_000;
+        [
+            (!self.key_file.is_empty(), "certificates.key_file: expected \"auto\" or a file"),
+            ((1..=1000).contains(&self.max_authorities), "certificates.max_authorities: expected 1 to 1000"),
+            (
+                century.contains(&self.authority_lifetime_s) && century.contains(&self.max_lifetime_s),
+                "certificates.authority_lifetime_s and certificates.max_lifetime_s: expected 1 to 3155760000",
+            ),
+            (
+                (1..=self.max_lifetime_s).contains(&self.lifetime_s),
+                "certificates.lifetime_s: expected 1 to certificates.max_lifetime_s",
+            ),
+            (
+                (1..=31_622_400).contains(&self.renewal_overlap_s) && self.renewal_grace_s <= 31_622_400,
+                "certificates.renewal_overlap_s and renewal_grace_s: expected 1 and 0 to 31622400",
+            ),
+            ((60..=31_622_400).contains(&self.crl_lifetime_s), "certificates.crl_lifetime_s: expected 60 to 31622400"),
+        ]
+    }
 }
 
 /// `[retention]`
@@ -500,7 +545,7 @@ impl Config {
             (self.retention.dead_letter_days > 0, "retention.dead_letter_days: expected at least 1"),
             (self.retention.connection_event_days > 0, "retention.connection_event_days: expected at least 1"),
         ];
-        match rules.iter().chain(&self.admission.rules()).find(|(holds, _)| !holds) {
+        match rules.iter().chain(&self.admission.rules()).chain(&self.certificates.rules()).find(|(holds, _)| !holds) {
             Some((_, rule)) => Err(BadConfig((*rule).to_owned())),
             None => Ok(()),
         }

@@ -1,8 +1,8 @@
 //! Credentials: tokens and certificates by which devices prove who they are.
 //!
 //! A token enters the world by [`issue`] or [`rotate`] and is asked about by [`verify`] and [`verify_many`]; a certificate is
-//! made elsewhere, enters by [`register`] and is asked about by [`of_certificate`]. Both end by [`revoke`], by their expiry or
-//! with their device. Holds: the secret itself is never stored, only its SHA-256 (256 random bits need no slow hash); at most
+//! signed by an authority of ours ([`crate::issuing`]) or made elsewhere, when it enters by [`register`]; it is asked about by
+//! [`registration`]. Both end by [`revoke`], by their expiry or with their device. Holds: the secret itself is never stored, only its SHA-256 (256 random bits need no slow hash); at most
 //! [`MAX_VALID`] of a kind and a device are valid at once; whoever issues holds the device's row lock, so two callers cannot
 //! both be the second; a revoked certificate stays refused for as long as it would be valid. Ignorant of: MQTT, HTTP.
 
@@ -15,12 +15,14 @@ use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
 use subtle::ConstantTimeEq;
 
-use crate::certificate::{Certificate, Fingerprint};
+use crate::authority;
+use crate::certificate::{Certificate, Fingerprint, Serial};
 use crate::config::Secret;
 use crate::control;
 use crate::error::{Error, OrOn, Result};
-use crate::id::{CredentialId, DeviceId, DeviceKey, TenantId, TenantKey};
+use crate::id::{AuthorityId, CredentialId, DeviceId, DeviceKey, TenantId, TenantKey};
 use crate::policy::{Principal, Proof, Who};
+use crate::revocation::{self, Reason};
 
 /// Credentials of one kind and device that may be valid at once: the one in use and the one that replaces it.
 pub const MAX_VALID: usize = 2;
@@ -28,6 +30,9 @@ pub const MAX_VALID: usize = 2;
 pub const MAX_ENDED: usize = 20;
 /// Longest overlap of a rotation: a year, in seconds.
 pub const MAX_OVERLAP_S: u64 = 366 * 86_400;
+
+/// A device may ask for its next certificate when this part of the life of the current one has passed.
+const RENEW_AT: (i32, i32) = (2, 3);
 
 const SECRET_BYTES: usize = 32;
 
@@ -55,11 +60,19 @@ pub struct Registered {
     pub subject: String,
     /// It is not valid after.
     pub not_after: DateTime<Utc>,
+    /// Its device may ask for the next one from then on.
+    pub renew_after: Option<DateTime<Utc>>,
+    /// The authority that signed it, when that is one of the tenant's.
+    pub authority: Option<AuthorityId>,
+    /// Its number with that authority.
+    pub serial: Option<Serial>,
+    /// When a client first came in by it.
+    pub first_used_at: Option<DateTime<Utc>>,
 }
 
 /// The kinds of credentials, each with a number of its own that may be valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     Token,
     Certificate,
 }
@@ -166,46 +179,70 @@ pub async fn verify_many(
     Ok(principals.collect())
 }
 
-/// Who stands behind a certificate whose key was shown to be held. When it was ever registered, its device, while it is
-/// valid there; else, when an authority vouches for it, the device of its common name. In either case the device must not be
-/// disabled.
-pub async fn of_certificate(
+/// What is registered of a certificate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Registration {
+    /// In which tenant.
+    pub tenant: TenantKey,
+    /// Whether an authority of that tenant signed it.
+    pub is_signed: bool,
+    /// Its device, while it opens the door; one that has expired since less than the grace opens it to be renewed.
+    pub holder: Option<Principal>,
+}
+
+/// What is registered of a certificate whose key was shown to be held; `None` when it never was. Neither its device nor its
+/// authority must be disabled, nor must it have been revoked, by whom ever.
+pub async fn registration(
     db: &mut PgConnection,
     shown: &Certificate,
-    is_vouched_for: bool,
+    grace: TimeDelta,
     now: DateTime<Utc>,
-) -> Result<Option<Principal>> {
-    let registered = sqlx::query!(
+) -> Result<Option<Registration>> {
+    let row = sqlx::query!(
         r#"
         select t.key as "tenant: TenantKey", t.id as "tenant_id: TenantId", d.key as "device: DeviceKey",
-               d.id as "device_id: DeviceId", c.id as "credential: CredentialId", c.expires_at,
-               c.revoked_at is null and c.expires_at > $2 and not d.disabled as "valid!"
+               d.id as "device_id: DeviceId", c.id as "credential: CredentialId", c.expires_at, c.first_used_at,
+               c.authority_id is not null as "is_signed!",
+               c.revoked_at is null and not d.disabled and not coalesce(a.disabled, false)
+               and not exists (select from revoked_certificate r
+                                where r.authority_id = c.authority_id and r.serial = c.serial) as "stands!",
+               c.expires_at > $2 as "in_time!",
+               c.expires_at = c.not_after and c.not_after > $3 as "in_grace!"
           from credential c
           join device d on d.key = c.device_key
           join tenant t on t.key = d.tenant_key
+          left join authority a on a.id = c.authority_id
          where c.fingerprint = $1
-         order by "valid!" desc
+         order by c.revoked_at is null desc, c.created_at desc
          limit 1
         "#,
         shown.fingerprint.as_bytes(),
-        now
-    )
-    .fetch_optional(&mut *db)
-    .await?;
-    match registered {
-        Some(row) => Ok(row.valid.then_some(Principal {
-            tenant: row.tenant,
-            tenant_id: row.tenant_id,
-            who: Who::Device { key: row.device, id: row.device_id },
-            proof: Proof { credential: Some(row.credential), valid_until: row.expires_at, ..Proof::default() },
-        })),
-        None if is_vouched_for => of_name(db, shown).await,
-        None => Ok(None),
+        now,
+        now - grace
+    );
+    let Some(row) = row.fetch_optional(&mut *db).await? else { return Ok(None) };
+    let (tenant, is_signed) = (row.tenant, row.is_signed);
+    let proof = match (row.stands, row.in_time, row.in_grace) {
+        (true, true, _) => Proof { valid_until: row.expires_at, ..Proof::default() },
+        (true, false, true) => {
+            Proof { valid_until: Some(shown.not_after + grace), renew_only: true, ..Proof::default() }
+        }
+        _ => return Ok(Some(Registration { tenant, is_signed, holder: None })),
+    };
+    if row.first_used_at.is_none() {
+        let id = row.credential.uuid();
+        sqlx::query!("update credential set first_used_at = $2 where id = $1 and first_used_at is null", id, now)
+            .execute(db)
+            .await?;
     }
+    let proof = Proof { credential: Some(row.credential), ..proof };
+    let who = Who::Device { key: row.device, id: row.device_id };
+    let holder = Some(Principal { tenant, tenant_id: row.tenant_id, who, proof });
+    Ok(Some(Registration { tenant, is_signed, holder }))
 }
 
-/// The device that a certificate is made out to.
-async fn of_name(db: &mut PgConnection, shown: &Certificate) -> Result<Option<Principal>> {
+/// The device that a certificate is made out to, for those for whom somebody vouches in every tenant.
+pub async fn of_name(db: &mut PgConnection, shown: &Certificate) -> Result<Option<Principal>> {
     let Some((tenant_id, id)) = shown.device() else { return Ok(None) };
     let row = sqlx::query!(
         r#"
@@ -260,26 +297,48 @@ pub async fn register(
     if valid(db, device.key, Kind::Certificate, now).await?.len() >= MAX_VALID {
         return Err(Error::TooManyCredentials(id.clone()));
     }
+    let signed_by = authority::of_certificate(db, tenant, certificate).await?;
+    insert_certificate(db, &device, certificate, signed_by.map(|authority| (authority, None)), now).await
+}
+
+/// Writes a certificate down; `signed` has its authority, and itself where it is ours to give out again.
+pub(crate) async fn insert_certificate(
+    db: &mut PgConnection,
+    device: &Locked,
+    certificate: &Certificate,
+    signed: Option<(AuthorityId, Option<&[u8]>)>,
+    now: DateTime<Utc>,
+) -> Result<Credential> {
     forget(db, device.key, now).await?;
-    let credential = CredentialId::new();
-    let Certificate { fingerprint, subject, not_after, .. } = certificate.clone();
+    let id = CredentialId::new();
+    let Certificate { fingerprint, subject, not_after, serial, public_key, .. } = certificate.clone();
+    let renew_after = certificate.part_of_life(now, RENEW_AT.0, RENEW_AT.1);
+    let authority = signed.map(|(authority, _)| authority);
     sqlx::query!(
         "
-        insert into credential (id, device_key, fingerprint, subject, not_after, created_at, expires_at)
-        values ($1, $2, $3, $4, $5, $6, $5)
+        insert into credential (id, device_key, fingerprint, subject, not_after, created_at, expires_at, authority_id,
+                                serial, public_key_digest, der, renew_after)
+        values ($1, $2, $3, $4, $5, $6, $5, $7, $8, $9, $10, $11)
         ",
-        credential.uuid(),
+        id.uuid(),
         device.key.0,
         fingerprint.as_bytes(),
         subject,
         not_after,
-        now
+        now,
+        authority.map(AuthorityId::uuid),
+        serial.as_ref().map(Serial::as_bytes),
+        &public_key[..],
+        signed.and_then(|(_, der)| der),
+        renew_after
     )
     .execute(db)
     .await
     .or_on("credential_fingerprint_key", || Error::CertificateTaken)?;
-    let certificate = Some(Registered { fingerprint, subject, not_after });
-    Ok(Credential { id: credential, created_at: now, expires_at: Some(not_after), revoked_at: None, certificate })
+    let renew_after = Some(renew_after);
+    let registered =
+        Registered { fingerprint, subject, not_after, renew_after, authority, serial, first_used_at: None };
+    Ok(Credential { id, created_at: now, expires_at: Some(not_after), revoked_at: None, certificate: Some(registered) })
 }
 
 /// Gives a device a new token and ends the others: the newest of them at `now + overlap_s`, any older one at once, so
@@ -314,24 +373,31 @@ pub async fn rotate(
     Ok(issued)
 }
 
-/// Ends a credential at once; ending it again changes nothing.
+/// Ends a credential at once; ending it again changes nothing. A certificate of a built-in authority goes on its revocation list.
 pub async fn revoke(
     db: &mut PgConnection,
     tenant: TenantKey,
     id: &DeviceId,
     credential: CredentialId,
+    reason: Reason,
     now: DateTime<Utc>,
 ) -> Result<()> {
     let device = lock(db, tenant, id).await?;
-    let ended = sqlx::query!(
-        "update credential set revoked_at = coalesce(revoked_at, $3) where id = $1 and device_key = $2",
+    let ended = sqlx::query_scalar!(
+        r#"
+        update credential
+           set revoked_at = coalesce(revoked_at, $3), revocation_reason = coalesce(revocation_reason, $4)
+         where id = $1 and device_key = $2
+     returning authority_id as "authority: AuthorityId"
+        "#,
         credential.uuid(),
         device.key.0,
-        now
-    )
-    .execute(&mut *db)
-    .await?;
-    if ended.rows_affected() == 0 { Err(Error::NoSuchCredential(credential)) } else { control::bump(db).await }
+        now,
+        reason.name()
+    );
+    let authority = ended.fetch_optional(&mut *db).await?.ok_or(Error::NoSuchCredential(credential))?;
+    revocation::renew_by(db, &Vec::from_iter(authority), now).await?;
+    control::bump(db).await
 }
 
 /// The credentials of a device, newest first: the valid ones and at most [`MAX_ENDED`] ended ones.
@@ -346,7 +412,8 @@ pub async fn list(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Re
     .ok_or_else(|| Error::NoSuchDevice(id.clone()))?;
     let credentials = sqlx::query!(
         r#"
-        select id as "id: CredentialId", created_at, expires_at, revoked_at, fingerprint, subject, not_after
+        select id as "id: CredentialId", created_at, expires_at, revoked_at, fingerprint, subject, not_after, renew_after,
+               authority_id as "authority: AuthorityId", serial, first_used_at
           from credential
          where device_key = $1
          order by created_at desc, id desc
@@ -357,8 +424,15 @@ pub async fn list(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Re
     .map_ok(|row| {
         let fingerprint = row.fingerprint.and_then(|bytes| bytes.try_into().ok());
         let certificate = fingerprint.zip(row.subject).zip(row.not_after);
-        let certificate =
-            certificate.map(|((fingerprint, subject), not_after)| Registered { fingerprint, subject, not_after });
+        let certificate = certificate.map(|((fingerprint, subject), not_after)| Registered {
+            fingerprint,
+            subject,
+            not_after,
+            renew_after: row.renew_after,
+            authority: row.authority,
+            serial: row.serial.and_then(|bytes| bytes.try_into().ok()),
+            first_used_at: row.first_used_at,
+        });
         let (id, created_at, expires_at, revoked_at) = (row.id, row.created_at, row.expires_at, row.revoked_at);
         Credential { id, created_at, expires_at, revoked_at, certificate }
     })
@@ -368,17 +442,17 @@ pub async fn list(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Re
 }
 
 /// A device whose row is locked, so that its credentials stand still.
-struct Locked {
-    key: DeviceKey,
-    tenant: String,
+pub(crate) struct Locked {
+    pub(crate) key: DeviceKey,
+    pub(crate) tenant: TenantId,
 }
 
-async fn lock(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Result<Locked> {
+pub(crate) async fn lock(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Result<Locked> {
     // `no key`: what refers to the device (its status, its readings) need not wait.
     sqlx::query_as!(
         Locked,
         r#"
-        select d.key as "key: DeviceKey", t.id as tenant
+        select d.key as "key: DeviceKey", t.id as "tenant: TenantId"
           from device d
           join tenant t on t.key = d.tenant_key
          where d.tenant_key = $1 and d.id = $2
@@ -393,7 +467,12 @@ async fn lock(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Result
 }
 
 /// The valid ones of a kind, oldest first.
-async fn valid(db: &mut PgConnection, device: DeviceKey, kind: Kind, now: DateTime<Utc>) -> Result<Vec<CredentialId>> {
+pub(crate) async fn valid(
+    db: &mut PgConnection,
+    device: DeviceKey,
+    kind: Kind,
+    now: DateTime<Utc>,
+) -> Result<Vec<CredentialId>> {
     let ids = sqlx::query_scalar!(
         r#"
         select id as "id: CredentialId"
@@ -605,14 +684,15 @@ mod tests {
         let issued = enrolled(&db).await;
         let mut conn = db.pool().acquire().await.unwrap();
         issue(&mut conn, db.tenant(), &boiler(), from_ms(NOON)).await.unwrap();
-        revoke(&mut conn, db.tenant(), &boiler(), issued.id, from_ms(NOON + 1)).await.unwrap();
+        revoke(&mut conn, db.tenant(), &boiler(), issued.id, Reason::default(), from_ms(NOON + 1)).await.unwrap();
         assert!(!opens(&db, &issued, NOON).await);
-        revoke(&mut conn, db.tenant(), &boiler(), issued.id, from_ms(NOON + 9)).await.unwrap();
+        revoke(&mut conn, db.tenant(), &boiler(), issued.id, Reason::default(), from_ms(NOON + 9)).await.unwrap();
         let listed = list(&mut conn, db.tenant(), &boiler()).await.unwrap();
         let revoked = listed.iter().find(|one| one.id == issued.id).unwrap();
         assert_eq!(revoked.revoked_at, Some(from_ms(NOON + 1)), "the first time counts");
         issue(&mut conn, db.tenant(), &boiler(), from_ms(NOON + 2)).await.unwrap();
-        let unknown = revoke(&mut conn, db.tenant(), &boiler(), CredentialId::new(), from_ms(NOON)).await;
+        let unknown =
+            revoke(&mut conn, db.tenant(), &boiler(), CredentialId::new(), Reason::default(), from_ms(NOON)).await;
         assert!(matches!(unknown, Err(Error::NoSuchCredential(_))));
         let other = list(&mut conn, db.tenant(), &"other".parse().unwrap()).await;
         assert!(matches!(other, Err(Error::NoSuchDevice(_))));
@@ -643,7 +723,11 @@ mod tests {
 
     async fn who(db: &TestDb, shown: &Certificate, is_vouched_for: bool, at: DateTime<Utc>) -> Option<String> {
         let mut conn = db.pool().acquire().await.unwrap();
-        let found = of_certificate(&mut conn, shown, is_vouched_for, at).await.unwrap()?;
+        let found = match registration(&mut conn, shown, TimeDelta::zero(), at).await.unwrap() {
+            Some(registered) => registered.holder?,
+            None if is_vouched_for => of_name(&mut conn, shown).await.unwrap()?,
+            None => return None,
+        };
         let Who::Device { id, .. } = found.who else { panic!("a user") };
         Some(format!("{}/{id}", found.tenant_id))
     }
@@ -660,12 +744,14 @@ mod tests {
         assert_eq!(found().await.as_deref(), Some("main/boiler-1"));
         assert_eq!(who(&db, &mine, false, mine.not_after).await, None);
         let listed = list(&mut conn, db.tenant(), &boiler()).await.unwrap();
-        assert_eq!(listed.iter().find(|one| one.certificate.is_some()), Some(&registered));
+        let used = Registered { first_used_at: Some(now), ..registered.certificate.clone().unwrap() };
+        let used = Credential { certificate: Some(used), ..registered.clone() };
+        assert_eq!(listed.iter().find(|one| one.certificate.is_some()), Some(&used));
         // Its registration counts, whatever an authority says of its name.
         let pump = NewDevice::named("pump-1".parse().unwrap());
         device::enrol(&mut conn, db.tenant(), &pump, now).await.unwrap();
         assert_eq!(who(&db, &mine, true, now).await.as_deref(), Some("main/boiler-1"));
-        revoke(&mut conn, db.tenant(), &boiler(), registered.id, now).await.unwrap();
+        revoke(&mut conn, db.tenant(), &boiler(), registered.id, Reason::default(), now).await.unwrap();
         assert_eq!(found().await, None);
         assert_eq!(who(&db, &mine, true, now).await, None, "a revoked one stays refused");
         register(&mut conn, db.tenant(), &pump.id, &mine, now).await.unwrap();
@@ -684,7 +770,7 @@ mod tests {
             assert_eq!(who(&db, &certificate(nobody), true, now).await, None, "{nobody}");
         }
         let mut conn = db.pool().acquire().await.unwrap();
-        let found = of_certificate(&mut conn, &mine, true, now).await.unwrap().unwrap();
+        let found = of_name(&mut conn, &mine).await.unwrap().unwrap();
         assert_eq!(found.proof, Proof { valid_until: Some(mine.not_after), ..Proof::default() });
         let patch = Patch { disabled: Some(true), ..Patch::default() };
         device::update(&mut conn, db.tenant(), &boiler(), &patch, &[], now).await.unwrap();
@@ -708,7 +794,7 @@ mod tests {
         rotated(&db, 0, NOON).await;
         assert!(!opens(&db, &token, NOON).await);
         assert!(who(&db, &one, false, now).await.is_some(), "a rotation is about tokens");
-        revoke(&mut conn, db.tenant(), &boiler(), first.id, now).await.unwrap();
+        revoke(&mut conn, db.tenant(), &boiler(), first.id, Reason::default(), now).await.unwrap();
         register(&mut conn, db.tenant(), &boiler(), &three, now).await.unwrap();
         let late = register(&mut conn, db.tenant(), &boiler(), &certificate("4"), one.not_after).await;
         assert!(matches!(late, Err(Error::Invalid(_))), "{late:?}");
@@ -723,7 +809,7 @@ mod tests {
         let (mine, now) = (certificate("main/boiler-1"), from_ms(NOON));
         let mut conn = db.pool().acquire().await.unwrap();
         let registered = register(&mut conn, db.tenant(), &boiler(), &mine, now).await.unwrap();
-        revoke(&mut conn, db.tenant(), &boiler(), registered.id, now).await.unwrap();
+        revoke(&mut conn, db.tenant(), &boiler(), registered.id, Reason::default(), now).await.unwrap();
         for n in 0..MAX_ENDED + 5 {
             rotated(&db, 0, NOON + 1000 + i64::try_from(n).unwrap()).await;
         }

@@ -17,6 +17,7 @@ use crate::control;
 use crate::credential::{self, Issued};
 use crate::error::{Error, OrOn, Result, check_version};
 use crate::id::{DeviceId, DeviceKey, TenantKey, is_name};
+use crate::revocation;
 
 /// Longest group path, in bytes.
 pub const MAX_GROUP_BYTES: usize = 255;
@@ -453,6 +454,7 @@ pub async fn delete(
     )
     .execute(&mut *db)
     .await?;
+    revocation::outlive(db, device.key, now).await?;
     sqlx::query!("delete from device where key = $1", device.key.0).execute(&mut *db).await?;
     control::bump(db).await?;
     Ok(device)

@@ -1,7 +1,9 @@
 //! The one error of this crate. The doors translate it: `api/src/problem.rs` to a status code,
 //! the broker to a reason code.
 
-use crate::id::{ApiKeyId, BadId, BindingId, CredentialId, DeviceId, LoginSessionId, RoleId, SessionId, UserId};
+use crate::id::{
+    ApiKeyId, AuthorityId, BadId, BindingId, CredentialId, DeviceId, LoginSessionId, RoleId, SessionId, UserId,
+};
 use crate::topic_rule::BadRule;
 
 /// What can go wrong with a fleet. The texts are for the caller and say what was expected.
@@ -44,6 +46,32 @@ pub enum Error {
     /// The certificate is a credential already, of this device or another.
     #[error("the certificate is registered already: revoke it there first")]
     CertificateTaken,
+    /// No such authority in the caller's tenant.
+    #[error("authority {0} does not exist")]
+    NoSuchAuthority(AuthorityId),
+    /// The tenant has an authority of that name, or with that certificate.
+    #[error("an authority with this {0} exists already")]
+    AuthorityExists(&'static str),
+    /// What cannot be undone is done in two steps.
+    #[error("authority {0} is enabled: disable it first, and see that no device needs it")]
+    AuthorityEnabled(AuthorityId),
+    /// There is no authority by which to sign, or this one cannot.
+    #[error("{0}")]
+    CannotSign(String),
+    /// The authority is registered, and no list of it was uploaded.
+    #[error("authority {0} has no revocation list")]
+    NoRevocationList(AuthorityId),
+    /// The list is older than the one that is in force.
+    #[error("the revocation list has number {found}: expected {known} or more, the number of the one in force")]
+    OldRevocationList {
+        /// The number of the list that was given.
+        found: String,
+        /// The number of the list in force.
+        known: String,
+    },
+    /// The file with the key for secrets at rest cannot be used; the text says why.
+    #[error("{0}")]
+    Seal(String),
     /// No role of that name that the caller could see or give away.
     #[error("role {0} does not exist")]
     NoSuchRole(RoleId),
@@ -165,6 +193,15 @@ impl<T> OrOn<T> for Result<T, sqlx::Error> {
             sqlx::Error::Database(db) if db.constraint() == Some(constraint) => otherwise(),
             _ => Error::Database(error),
         })
+    }
+}
+
+impl<T> OrOn<T> for Result<T> {
+    fn or_on(self, constraint: &str, otherwise: impl FnOnce() -> Error) -> Result<T> {
+        match self {
+            Err(Error::Database(error)) => Err(error).or_on(constraint, otherwise),
+            other => other,
+        }
     }
 }
 

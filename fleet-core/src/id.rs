@@ -180,6 +180,7 @@ macro_rules! id {
 }
 
 id!(CredentialId, "crd", "device credential");
+id!(AuthorityId, "aut", "certificate authority");
 id!(UserId, "usr", "user");
 id!(ApiKeyId, "key", "API key");
 id!(BindingId, "bnd", "binding");

@@ -6,7 +6,11 @@
 //! | the topic grammar | [`topic`] |
 //! | a device, its lifecycle and labels | [`device`] |
 //! | many devices at once, from a file | [`import`] |
-//! | a device's tokens and certificates | [`credential`], [`certificate`] |
+//! | a device's tokens and certificates | [`credential`], [`certificate`], [`csr`] |
+//! | who may vouch for devices, and signs their certificates | [`authority`] |
+//! | from a signing request to a certificate, and its renewal | [`issuing`] |
+//! | certificates taken back, and the lists that say so | [`revocation`] |
+//! | secrets at rest | [`seal`] |
 //! | online, lost, last seen | [`status`] |
 //! | readings: decode, insert, series | [`telemetry`] |
 //! | the newest value of each metric, and gaps in sequence numbers | [`latest`] |
@@ -34,6 +38,7 @@
 
 pub mod api_key;
 pub mod audit;
+pub mod authority;
 pub mod binding;
 pub mod certificate;
 pub mod clock;
@@ -41,6 +46,7 @@ pub mod config;
 pub mod connection_event;
 pub mod control;
 pub mod credential;
+pub mod csr;
 pub mod database;
 pub mod dead_letter;
 pub mod device;
@@ -52,6 +58,7 @@ mod filter_set;
 pub mod id;
 pub mod idempotency;
 pub mod import;
+pub mod issuing;
 pub mod latest;
 pub mod login_failure;
 pub mod login_session;
@@ -59,8 +66,10 @@ pub mod policy;
 pub mod postgres;
 pub mod retained;
 pub mod retention;
+pub mod revocation;
 pub mod role;
 pub mod scope;
+pub mod seal;
 pub mod session;
 mod standing;
 pub mod status;

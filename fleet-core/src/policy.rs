@@ -9,9 +9,11 @@ use std::sync::{Arc, LazyLock};
 
 use chrono::{DateTime, Utc};
 
+use crate::certificate::Serial;
 use crate::directory::Directory;
 use crate::id::{
-    ApiKeyId, BindingId, CredentialId, DeviceId, DeviceKey, LoginSessionId, RoleId, TenantId, TenantKey, UserId,
+    ApiKeyId, AuthorityId, BindingId, CredentialId, DeviceId, DeviceKey, LoginSessionId, RoleId, TenantId, TenantKey,
+    UserId,
 };
 use crate::scope::Extent;
 use crate::topic_rule::{Action, Effect, Reach, RuleSet, Ruled, TopicPolicy, TopicRule};
@@ -97,6 +99,8 @@ permissions! {
     ConnectionsManage = "connections:manage", Devices, [];
     /// give and take access: users, roles, bindings, API keys
     AccessManage = "access:manage", Tenant, [];
+    /// make, register, disable, delete certificate authorities
+    AuthoritiesManage = "authorities:manage", Tenant, [];
 }
 
 impl Permission {
@@ -330,6 +334,15 @@ static BUILT_IN_RULES: LazyLock<Vec<Arc<RuleSet>>> = LazyLock::new(|| Role::BUIL
 static DEVICE_POLICY: LazyLock<Arc<TopicPolicy>> = LazyLock::new(|| {
     Arc::new(TopicPolicy { grants: vec![Ruled { rules: DEVICE.clone(), extent: Extent::Everything }], ceiling: None })
 });
+/// Of a device whose certificate has expired.
+static LATE_POLICY: LazyLock<Arc<TopicPolicy>> = LazyLock::new(|| {
+    let renewal = allowed(&[
+        (Action::Publish, "fleet/v1/{tenant}/{device}/certificates/renew"),
+        (Action::Subscribe, "fleet/v1/{tenant}/{device}/certificates/renew/+"),
+    ]);
+    let rules = Arc::new(RuleSet::compile(&renewal, Reach::Platform).expect("rules written here and tested below"));
+    Arc::new(TopicPolicy { grants: vec![Ruled { rules, extent: Extent::Everything }], ceiling: None })
+});
 
 fn allowed(rules: &[(Action, &str)]) -> Vec<TopicRule> {
     let rule = |(action, filter): &(Action, &str)| TopicRule {
@@ -470,6 +483,19 @@ pub struct Proof {
     pub viewer: Option<UserId>,
     /// The proof is worth nothing from then on; `None`: until somebody ends it.
     pub valid_until: Option<DateTime<Utc>>,
+    /// By which authority, when it is a certificate that has no row.
+    pub vouched: Option<Vouched>,
+    /// The certificate has expired: it is good for asking for the next one, and for nothing else.
+    pub renew_only: bool,
+}
+
+/// What a registered authority vouches for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vouched {
+    /// Which.
+    pub authority: AuthorityId,
+    /// The certificate's number with it.
+    pub serial: Serial,
 }
 
 /// The kind of a principal.
@@ -562,6 +588,7 @@ impl Principal {
     /// The topic rules of this principal; `devices` tells which of them are in scope.
     pub fn topic_rules(&self, devices: &Arc<Directory>) -> TopicRules {
         let (policy, device) = match &self.who {
+            Who::Device { id, .. } if self.proof.renew_only => (LATE_POLICY.clone(), Some(id.clone())),
             Who::Device { id, .. } => (DEVICE_POLICY.clone(), Some(id.clone())),
             Who::User { grants, .. } => (grants.topic_policy(), None),
         };
@@ -608,6 +635,22 @@ mod tests {
         for wide in ["#", "+/#", "fleet/v1/main/+/telemetry", "fleet/#", "fleet/v1/main/#", "fleet/v1/+/boiler-1/#"] {
             assert!(!rules.may_subscribe(wide), "{wide}");
         }
+    }
+
+    #[test]
+    fn a_device_whose_certificate_has_expired_may_renew_it_and_nothing_else() {
+        let late = Principal { proof: Proof { renew_only: true, ..Proof::default() }, ..device("boiler-1") };
+        let rules = rules(&late);
+        let own = |rest: &str| format!("fleet/v1/main/boiler-1/{rest}");
+        assert!(rules.may_publish(&own("certificates/renew")));
+        for answers in ["certificates/renew/accepted", "certificates/renew/rejected", "certificates/renew/+"] {
+            assert!(rules.may_subscribe(&own(answers)), "{answers}");
+            assert!(!rules.may_publish(&own(answers)), "{answers}");
+        }
+        for other in ["telemetry", "status", "certificates/renew/x/y", "certificates", "#", "+/renew"] {
+            assert!(!rules.may_publish(&own(other)) && !rules.may_subscribe(&own(other)), "{other}");
+        }
+        assert!(!rules.may_publish("fleet/v1/main/boiler-2/certificates/renew"));
     }
 
     #[test]

@@ -8,10 +8,12 @@ use fleet_core::audit::Entry;
 use fleet_core::certificate::Certificate;
 use fleet_core::credential::{self, Credential, Issued, Registered};
 use fleet_core::id::{CredentialId, DeviceId};
+use fleet_core::revocation::Reason;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use utoipa::ToSchema;
 
-use crate::extract::{Can, CredentialsManage, Json, MaybeJson, Once, Path};
+use crate::extract::{Can, CredentialsManage, FromQuery, Json, MaybeJson, Once, Params, Path, Query};
 use crate::page::Page;
 use crate::problem::{Document, Problem};
 use crate::state::App;
@@ -34,7 +36,7 @@ pub(crate) struct CertificateBody {
 
 impl CertificateBody {
     fn new(registered: &Registered) -> Self {
-        let Registered { fingerprint, subject, not_after } = registered;
+        let Registered { fingerprint, subject, not_after, .. } = registered;
         Self { fingerprint: fingerprint.to_string(), subject: subject.clone(), not_after: *not_after }
     }
 }
@@ -244,14 +246,30 @@ pub(crate) async fn rotate(
     Ok(created(&id, body))
 }
 
+/// Why a credential is revoked.
+pub(crate) struct Why(Reason);
+
+impl FromQuery for Why {
+    fn from_query(query: &mut Params<'_>) -> Option<Self> {
+        let Some(name) = query.one::<String>("reason") else { return Some(Self(Reason::default())) };
+        let reason = Reason::named(&name);
+        if reason.is_none() {
+            query.refuse("reason", format!("expected {}", Reason::ALL.map(Reason::name).join(", ")));
+        }
+        reason.map(Self)
+    }
+}
+
 /// Revoke a credential
 ///
-/// It is refused from now on. Revoking it again changes nothing.
+/// It is refused from now on, and connections made by it end. A certificate of a built-in authority goes on its revocation list.
+/// Revoking it again changes nothing.
 #[utoipa::path(
     delete, path = "/api/v1/devices/{id}/credentials/{credential_id}", tag = "credentials",
     params(
         ("id" = String, Path, description = "The device's id"),
         ("credential_id" = String, Path, description = "The credential's id"),
+        ("reason" = Option<String>, Query, description = "Of a certificate, for its revocation list: `key-compromise`, `affiliation-changed`, `superseded`, `cessation-of-operation`, `privilege-withdrawn` or `unspecified`"),
     ),
     security(("bearer" = ["credentials:manage"])),
     responses(
@@ -263,10 +281,12 @@ pub(crate) async fn revoke(
     State(app): State<App>,
     caller: Can<CredentialsManage>,
     Path((id, credential)): Path<(DeviceId, CredentialId)>,
+    Query(Why(reason)): Query<Why>,
 ) -> Result<StatusCode, Problem> {
     let mut tx = caller.change(&app).await?;
-    credential::revoke(&mut tx, caller.tenant, &id, credential, app.clock.now()).await?;
-    tx.commit(Entry::of("credential.revoke", credential).on(&id)).await?;
+    credential::revoke(&mut tx, caller.tenant, &id, credential, reason, app.clock.now()).await?;
+    let after = json!({ "reason": reason.name() });
+    tx.commit(Entry::of("credential.revoke", credential).on(&id).after(&after)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -102,7 +102,8 @@ async fn a_certificate_is_registered_shown_and_revoked() {
     assert_eq!(registered["certificate"]["subject"], "CN=sensor 1");
     let holder = async || {
         let mut db = api.db.pool().acquire().await.unwrap();
-        credential::of_certificate(&mut db, &read, false, api.now()).await.unwrap()
+        let found = credential::registration(&mut db, &read, TimeDelta::zero(), api.now()).await.unwrap();
+        found.and_then(|found| found.holder)
     };
     assert!(holder().await.is_some());
     let listed = api.get("/api/v1/devices/d/credentials").await.expect(200).body;

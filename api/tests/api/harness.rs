@@ -10,6 +10,7 @@ use axum::body::{Body, to_bytes};
 use axum::extract::ConnectInfo;
 use axum::http::{HeaderMap, Request, StatusCode};
 use chrono::{DateTime, TimeDelta, Utc};
+use fleet_core::authority::Pki;
 use fleet_core::clock::{Clock, from_ms};
 use fleet_core::config::{Config, Environment, Secret};
 use fleet_core::id::UserId;
@@ -34,6 +35,7 @@ pub(crate) struct Api {
     pub(crate) admin: UserId,
     token: String,
     router: Router,
+    _data_dir: tempfile::TempDir,
 }
 
 /// What a test may set otherwise.
@@ -66,8 +68,10 @@ impl Api {
         let keys = Arc::new(keys);
         let token = sign(&db, &keys, &clock, admin).await;
         let (pool, registry) = (db.pool().clone(), Registry::new());
-        let app = App::new(pool, clock.clone(), keys.clone(), registry, &config, health).unwrap();
-        Self { router: api::router(app), db, clock, keys, admin, token }
+        let data_dir = tempfile::tempdir().unwrap();
+        let pki = Pki::new(config.certificates.clone(), data_dir.path());
+        let app = App::new(pool, clock.clone(), keys.clone(), pki, registry, &config, health).unwrap();
+        Self { router: api::router(app), db, clock, keys, admin, token, _data_dir: data_dir }
     }
 
     /// The patterns the router knows. Axum has no list of them, but prints them.

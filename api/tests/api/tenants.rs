@@ -27,14 +27,24 @@ fn body(method: &str, path: &str) -> Value {
         ("POST", "/api/v1/users") => json!({ "email": "eve@example.com", "password": "correct horse" }),
         ("POST", "/api/v1/roles") => json!({ "id": "orders" }),
         ("PUT", "/api/v1/roles/{id}") => json!({ "permissions": ["devices:read"], "topic_rules": [] }),
-        ("PATCH", "/api/v1/users/{id}" | "/api/v1/devices/{id}") => json!({ "disabled": true }),
+        ("POST", "/api/v1/authorities") => json!({ "name": "ca", "kind": "built-in" }),
+        ("POST", "/api/v1/devices/{id}/certificates") => json!({ "csr_pem": csr() }),
+        ("PUT", "/api/v1/authorities/{id}/crl") => json!({ "crl_pem": "x" }),
+        ("PATCH", "/api/v1/users/{id}" | "/api/v1/devices/{id}" | "/api/v1/authorities/{id}") => {
+            json!({ "disabled": true })
+        }
         _ => json!({}),
     }
 }
 
+fn csr() -> String {
+    let request = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    request.serialize_request(&rcgen::KeyPair::generate().unwrap()).unwrap().pem().unwrap()
+}
+
 /// Words that no stranger may read.
-const MARKS: [&str; 6] =
-    ["group-of-main", "boiler-1", "ada@example.com", "orders", "a secret payload", "client-of-main"];
+const MARKS: [&str; 7] =
+    ["group-of-main", "boiler-1", "ada@example.com", "orders", "a secret payload", "client-of-main", "ca-of-main"];
 
 impl Main {
     async fn with_one_of_each() -> Self {
@@ -45,6 +55,10 @@ impl Main {
         let binding = json!({ "user": ada, "role": "viewer", "scope": { "kind": "group", "group": "group-of-main" } });
         let binding = api.post("/api/v1/bindings", binding).await.expect(201);
         let enrolled = api.enrol("boiler-1").await;
+        let authority = json!({ "name": "ca-of-main", "kind": "built-in" });
+        let authority = api.post("/api/v1/authorities", authority).await.expect(201);
+        let certificate =
+            api.post("/api/v1/devices/boiler-1/certificates", json!({ "csr_pem": csr() })).await.expect(201);
         let session = Uuid::now_v7();
         let sql = format!(
             "insert into session (id, name, tenant_key, device_key, client_id, expiry_s, connected, since, created_at)
@@ -65,6 +79,8 @@ impl Main {
         let ids = vec![
             ("devices", "boiler-1".to_owned(), "boiler-0".to_owned()),
             ("credentials", text(&enrolled["credential"]["id"]), nobodys("crd")),
+            ("certificates", text(&certificate.body["id"]), nobodys("crd")),
+            ("authorities", text(&authority.body["id"]), nobodys("aut")),
             ("users", ada.to_string(), nobodys("usr")),
             ("bindings", text(&binding.body["id"]), nobodys("bnd")),
             ("roles", "orders".to_owned(), "nobody".to_owned()),

@@ -79,34 +79,49 @@ async fn devices(
     now: DateTime<Utc>,
 ) -> Result<Vec<(usize, Verdict)>> {
     let (mut places, mut keys, mut credentials, mut until) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut authorities, mut serials, mut late) = (Vec::new(), Vec::new(), Vec::new());
     for (place, principal) in principals.iter().enumerate() {
         if let Who::Device { key, .. } = &principal.who {
             places.push(place);
             keys.push(key.0);
             credentials.push(principal.proof.credential.map(CredentialId::uuid));
             until.push(principal.proof.valid_until);
+            let vouched = principal.proof.vouched;
+            authorities.push(vouched.map(|vouched| vouched.authority.uuid()));
+            serials.push(vouched.map(|vouched| vouched.serial.as_bytes().to_vec()));
+            late.push(principal.proof.renew_only);
         }
     }
     if places.is_empty() {
         return Ok(Vec::new());
     }
+    // A certificate that is late is past its end already: it ends with its grace, which the connection knows.
     let rows = sqlx::query!(
         r#"
-        select u.place as "place!", d.key is null as "deleted!", coalesce(d.disabled, false) as "disabled!",
-               u.credential is not null
-               and coalesce(c.id is null or c.revoked_at is not null or c.expires_at <= $4, false) as "ended!",
-               c.expires_at as "expires_at?"
-          from unnest($1::bigint[], $2::uuid[], $3::timestamptz[]) with ordinality as u (device, credential, until, place)
-          left join device d on d.key = u.device
-          left join credential c on c.id = u.credential and c.device_key = u.device
-         where d.key is null or d.disabled
-            or u.credential is not null and (c.id is null or c.revoked_at is not null)
-            or c.expires_at < coalesce(u.until, 'infinity')
+        select place as "place!", deleted as "deleted!", disabled as "disabled!", ended as "ended!",
+               expires_at as "expires_at?"
+          from (select u.place, u.until, d.key is null as deleted, coalesce(d.disabled, false) as disabled,
+                       u.credential is not null and (c.id is null or c.revoked_at is not null)
+                       or u.authority is not null and a.id is null
+                       or coalesce(a.disabled or c.expires_at <= $4 and not u.late, false)
+                       or a.id is not null
+                          and exists (select from revoked_certificate r
+                                       where r.authority_id = a.id and r.serial = coalesce(c.serial, u.serial)) as ended,
+                       case when not u.late then c.expires_at end as expires_at
+                  from unnest($1::bigint[], $2::uuid[], $3::timestamptz[], $5::uuid[], $6::bytea[], $7::boolean[])
+                       with ordinality as u (device, credential, until, authority, serial, late, place)
+                  left join device d on d.key = u.device
+                  left join credential c on c.id = u.credential and c.device_key = u.device
+                  left join authority a on a.id = coalesce(c.authority_id, u.authority)) as now
+         where deleted or disabled or ended or expires_at < coalesce(until, 'infinity')
         "#,
         &keys,
         &credentials as &[Option<Uuid>],
         &until as &[Option<DateTime<Utc>>],
-        now
+        now,
+        &authorities as &[Option<Uuid>],
+        &serials as &[Option<Vec<u8>>],
+        &late
     )
     .fetch_all(db)
     .await?;

@@ -11,6 +11,7 @@ use crate::credential;
 use crate::device::{self, NewDevice, Patch};
 use crate::id::{ConnectionId, DeviceId, SessionId, TenantKey, UserId};
 use crate::policy::{Grants, Principal, Proof, Role, Who};
+use crate::revocation::Reason;
 use crate::role::Roles;
 use crate::testing::TestDb;
 use crate::user;
@@ -44,7 +45,7 @@ async fn every_change_of_rights_raises_the_epoch_and_no_other() {
     assert_eq!(rose_by().await, 1);
     credential::rotate(&mut conn, db.tenant(), &id, 60, now).await.unwrap();
     assert_eq!(rose_by().await, 1);
-    credential::revoke(&mut conn, db.tenant(), &id, first.id, now).await.unwrap();
+    credential::revoke(&mut conn, db.tenant(), &id, first.id, Reason::default(), now).await.unwrap();
     assert_eq!(rose_by().await, 1);
     device::delete(&mut conn, db.tenant(), &id, &[], now).await.unwrap();
     assert_eq!(rose_by().await, 1);

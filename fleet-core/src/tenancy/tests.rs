@@ -33,6 +33,12 @@ const ROWS: &str = "
     insert into device (tenant_key, id, created_at, updated_at) values ($t, 'boiler-1', now(), now());
     insert into credential (id, device_key, secret_hash, created_at)
          select gen_random_uuid(), key, '', now() from device where tenant_key = $t;
+    insert into authority (id, tenant_key, name, kind, certificate, fingerprint, subject_digest, not_after, created_at, updated_at)
+         values (gen_random_uuid(), $t, 'ca', 'registered', '', '', '', now(), now(), now());
+    insert into revocation_list (authority_id, der, number, next_update)
+         select id, '', '', now() from authority where tenant_key = $t;
+    insert into revoked_certificate (authority_id, serial, revoked_at, reason)
+         select id, '', now(), 'unspecified' from authority where tenant_key = $t;
     insert into device_status (device_key, state, state_since, last_seen_at)
          select key, 'online', now(), now() from device where tenant_key = $t;
     insert into device_latest (device_key, newest, doc) select key, now(), '{}' from device where tenant_key = $t;

@@ -194,3 +194,40 @@ async fn the_command_line_asks_the_same_questions() {
     let (_, said) = muster_access(&fleet, &["diff", file.to_str().expect("a path")]).await;
     assert!(said.contains("+ commands:send for 1 devices: near") && said.contains("+ POST /api/v1/devices"), "{said}");
 }
+
+#[tokio::test]
+async fn connections_out_of_scope_are_not_seen_traced_or_ended() {
+    let fleet = Fleet::start_with(&[("MUSTER__HTTP__BROKER_ANSWER_MS", "15000")]).await;
+    let (near, far) = (enrol(&fleet, "near", "site/a").await, enrol(&fleet, "far", "site/b").await);
+    let (_from_near, _from_far) = (fleet.connect(&near).await, fleet.connect(&far).await);
+    let key = json!({ "name": "k", "role": "support", "scope": group("site/a") });
+    let secret = fleet.make("/api/v1/api-keys", key).await["secret"].as_str().expect("a secret").to_owned();
+    let _app = Mqtt::connect(fleet.mqtt_addr(), "app", "app", &secret).await.expect("a key opens the door");
+    let ask = |method, path: String| {
+        let (fleet, secret) = (&fleet, &secret);
+        async move { fleet.call_as(secret, method, &path, None).await }
+    };
+    let (_, listed) = ask(Method::GET, "/api/v1/connections".into()).await;
+    let devices = listed["items"].as_array().expect("items").iter().map(|item| &item["device"]).collect::<Vec<_>>();
+    assert_eq!(devices, [&json!("near")], "{listed}");
+    let all = fleet.get("/api/v1/connections?device=far").await;
+    let hidden = format!("/api/v1/connections/{}", all["items"][0]["id"].as_str().expect("an id"));
+    for (method, path) in [
+        (Method::GET, hidden.clone()),
+        (Method::POST, format!("{hidden}/disconnect")),
+        (Method::POST, format!("{hidden}/trace")),
+        (Method::GET, format!("{hidden}/trace")),
+        (Method::DELETE, format!("{hidden}/trace")),
+    ] {
+        let (status, answer) = ask(method, path.clone()).await;
+        assert_eq!(
+            (status, &answer["type"]),
+            (StatusCode::NOT_FOUND, &json!("urn:muster:problem:no-such-connection")),
+            "{path}"
+        );
+    }
+    let (_, sessions) = ask(Method::GET, "/api/v1/sessions".into()).await;
+    assert_eq!(sessions["items"], json!([]));
+    let shown = format!("/api/v1/connections/{}/disconnect", listed["items"][0]["id"].as_str().expect("an id"));
+    assert_eq!(ask(Method::POST, shown).await.0, StatusCode::NO_CONTENT);
+}

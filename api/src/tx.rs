@@ -78,6 +78,11 @@ impl<R: Right> Can<R> {
         self.caller.bounds().within(self.scope())
     }
 
+    /// Whether the caller has `R` for the whole tenant.
+    pub(crate) fn is_unscoped(&self) -> bool {
+        self.caller.extent(R::PERMISSION).is_everything()
+    }
+
     /// The scope that the caller has for `R`.
     fn scope(&self) -> String {
         self.caller.extent(R::PERMISSION).setting()

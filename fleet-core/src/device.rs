@@ -4,7 +4,7 @@
 //! [`update`] and leaves by [`delete`]. Holds: its id never changes; every change raises its version; a gateway stands
 //! before its children and behind nobody. Ignorant of: MQTT, HTTP, users.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::str::FromStr;
 
@@ -18,6 +18,7 @@ use crate::credential::{self, Issued};
 use crate::error::{Error, OrOn, Result, check_version};
 use crate::id::{DeviceId, DeviceKey, TenantKey, is_name};
 use crate::revocation;
+use crate::scope::Selector;
 
 /// Longest group path, in bytes.
 pub const MAX_GROUP_BYTES: usize = 255;
@@ -229,6 +230,8 @@ pub struct Filter {
     pub state: Option<String>,
     /// With all these labels.
     pub labels: Labels,
+    /// That this picks.
+    pub selector: Option<Selector>,
 }
 
 /// Some devices in the order of their ids.
@@ -275,6 +278,12 @@ pub async fn enrol(
 /// The device of that name.
 pub async fn find(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Result<Device> {
     read(db, tenant, &[id.to_string()]).await?.pop().ok_or_else(|| Error::NoSuchDevice(id.clone()))
+}
+
+/// Those of these names that are devices which the transaction may see.
+pub async fn visible(db: &mut PgConnection, tenant: TenantKey, ids: &[String]) -> Result<HashSet<String>> {
+    let seen = sqlx::query_scalar!("select id from device where tenant_key = $1 and id = any($2)", tenant.0, ids);
+    Ok(seen.fetch_all(db).await?.into_iter().collect())
 }
 
 /// The row of the device of that name.
@@ -339,6 +348,7 @@ pub async fn page(
            and ($4::text is null or d.group_path = $4 or starts_with(d.group_path, $4 || '/'))
            and ($5::text is null or coalesce(s.state, 'never_seen') = $5)
            and d.labels @> $6
+           and ($8::text is null or in_scope($8::text::jsonb, d.group_path, d.type, d.labels))
          order by d.id
          limit $7
         ",
@@ -348,7 +358,8 @@ pub async fn page(
         filter.group.as_ref().map(GroupPath::as_str),
         filter.state.as_deref(),
         Json(&filter.labels) as _,
-        i64::try_from(limit + 1).expect("limit is at most MAX_PAGE")
+        i64::try_from(limit + 1).expect("limit is at most MAX_PAGE"),
+        filter.selector.as_ref().map(|selector| selector.extent().setting())
     )
     .fetch_all(&mut *db)
     .await?;

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use sqlx::PgConnection;
 use utoipa::{IntoParams, ToSchema};
 
-use crate::extract::{Can, ConnectionsManage, ConnectionsRead, FromQuery, Json, MaybeJson, Params, Path, Query};
+use crate::extract::{Can, ConnectionsManage, ConnectionsRead, FromQuery, Json, MaybeJson, Params, Path, Query, Right};
 use crate::page::{Cursor, Page, behind};
 use crate::problem::{Document, Problem};
 use crate::state::App;
@@ -49,14 +49,16 @@ fn one(answers: Answers, id: ConnectionId) -> Result<Answer, Problem> {
             Err(Problem::new(503, "no-broker", "a broker of another version runs, which does not know the question"))
         }
         Some(answer) => Ok(answer),
-        None if missing.is_empty() => {
-            Err(Problem::new(404, "no-such-connection", format!("connection {id} does not exist, or has ended")))
-        }
+        None if missing.is_empty() => Err(no_such_connection(id)),
         None => {
             let detail = format!("connection {id} is not known to those brokers that answered, and some did not");
             Err(Problem::new(503, "no-broker", detail))
         }
     }
+}
+
+fn no_such_connection(id: ConnectionId) -> Problem {
+    Problem::new(404, "no-such-connection", format!("connection {id} does not exist, or has ended"))
 }
 
 /// What kind of principal a client is.
@@ -234,7 +236,8 @@ impl FromStr for Carrier {
 
 /// List open connections
 ///
-/// The longest open first, as they are at the moment.
+/// The longest open first, as they are at the moment. Whoever may see some devices only is shown theirs, and pages may be shorter
+/// than was asked for.
 #[utoipa::path(
     get, path = "/api/v1/connections", tag = "connections", params(ListQuery),
     security(("bearer" = ["connections:read"])),
@@ -263,7 +266,9 @@ pub(crate) async fn list(
     let more = connections.len() > limit;
     connections.truncate(limit);
     let next_cursor = connections.last().filter(|_| more).map(|last| Cursor::Connection(last.id));
-    let items = ConnectionBody::all(&mut *caller.read(&app).await?, connections).await?;
+    let mut db = caller.read(&app).await?;
+    let connections = in_scope(&mut db, &caller, connections).await?;
+    let items = ConnectionBody::all(&mut db, connections).await?;
     Ok(Json(ConnectionPage { items, next_cursor, missing_brokers }))
 }
 
@@ -287,12 +292,35 @@ pub(crate) async fn read(
     Ok(Json(ConnectionBody::one(&mut *caller.read(&app).await?, connection).await?))
 }
 
-async fn find<R>(app: &App, caller: &Can<R>, id: ConnectionId) -> Result<Connection, Problem> {
+async fn find<R: Right>(app: &App, caller: &Can<R>, id: ConnectionId) -> Result<Connection, Problem> {
     let answers = app.ask_brokers(&Request::Connection { tenant: caller.tenant, id }).await?;
-    match one(answers, id)? {
-        Answer::Connection(connection) => Ok(*connection),
-        other => Err(unexpected(&other)),
+    let connection = match one(answers, id)? {
+        Answer::Connection(connection) => *connection,
+        other => return Err(unexpected(&other)),
+    };
+    let seen = in_scope(&mut *caller.read(app).await?, caller, vec![connection]).await?.pop();
+    seen.ok_or_else(|| no_such_connection(id))
+}
+
+/// Those of the connections that the caller may see: devices in scope; users, only with the whole tenant in scope.
+async fn in_scope<R: Right>(
+    db: &mut PgConnection,
+    caller: &Can<R>,
+    mut connections: Vec<Connection>,
+) -> Result<Vec<Connection>, Problem> {
+    if caller.is_unscoped() {
+        return Ok(connections);
     }
+    let devices = connections.iter().filter_map(|connection| match &connection.owner {
+        Owner::Device(id) => Some(id.to_string()),
+        Owner::User(_) => None,
+    });
+    let seen = device::visible(db, caller.tenant, &devices.collect::<Vec<_>>()).await?;
+    connections.retain(|connection| match &connection.owner {
+        Owner::Device(id) => seen.contains(id.as_str()),
+        Owner::User(_) => false,
+    });
+    Ok(connections)
 }
 
 /// Before a broker is asked to do it: what may have happened is known.
@@ -520,6 +548,9 @@ pub(crate) async fn read_trace(
     Query(query): Query<Lines>,
 ) -> Result<Json<TraceBody>, Problem> {
     let Lines { after, limit } = query;
+    if !caller.is_unscoped() {
+        find(&app, &caller, id).await?;
+    }
     let answers = app.ask_brokers(&Request::Trace { tenant: caller.tenant, id, after, limit }).await?;
     let mut trace = TraceBody::merged(answers.given).ok_or_else(|| no_such_trace(id))?;
     trace.items.truncate(limit);
@@ -548,6 +579,9 @@ pub(crate) async fn stop_trace(
     caller: Can<ConnectionsManage>,
     Path(id): Path<ConnectionId>,
 ) -> Result<StatusCode, Problem> {
+    if !caller.is_unscoped() {
+        find(&app, &caller, id).await?;
+    }
     let begun = app.ask_brokers(&Request::Trace { tenant: caller.tenant, id, after: i64::MAX, limit: 1 }).await?;
     TraceBody::merged(begun.given).ok_or_else(|| no_such_trace(id))?;
     caller.change(&app).await?.commit(Entry::of("connection.untrace", id)).await?;

@@ -263,6 +263,8 @@ pub(crate) struct ListQuery {
     state: Option<String>,
     /// `key=value`; repeated or separated by commas, all must hold. A comma in a value is written `\,`.
     label: Option<Vec<String>>,
+    /// Such as `type:freezer AND label.site:oslo OR group:site/line-3`: what it picks must hold beside all the others.
+    selector: Option<String>,
     /// Devices on the page.
     #[param(minimum = 1, maximum = 1000, default = 100)]
     limit: Option<usize>,
@@ -283,6 +285,7 @@ impl FromQuery for List {
             group: query.one("group"),
             state: query.one::<StateName>("state").map(|state| state.0.to_owned()),
             labels: wanted_labels(query),
+            selector: query.one("selector"),
         };
         let limit = query.limit(DEFAULT_PAGE, MAX_PAGE);
         let after = behind(query);

@@ -156,6 +156,8 @@ async fn a_filter_means_what_it_says() {
     }
     for (query, expected) in [
         ("type=boiler", &["a", "b"][..]),
+        ("selector=type:freezer%20OR%20label.site:%22Oslo,%20Norway%22", &["b", "c"]),
+        ("selector=group:plant%20AND%20label.site:oslo&type=boiler", &["a"]),
         ("group=plant/line-1", &["a"]),
         ("group=plant", &["a", "b", "c"]),
         ("label=site%3Doslo", &["a", "c"]),
@@ -181,7 +183,8 @@ async fn a_query_that_cannot_be_meant_is_refused_with_what_was_expected() {
     let foreign = format!("cursor={}", cursor("r1,2"));
     let reserved = format!("cursor={}", cursor("d_x"));
     for (query, field, expected) in [
-        ("selector=type:x", "selector", "expected type, group, state, label, limit, cursor"),
+        ("selector=x", "selector", "column 1: expected type:"),
+        ("select=type:x", "select", "expected type, group, state, label, selector, limit, cursor"),
         ("limit=0", "limit", "1 to 1000"),
         ("limit=many", "limit", "1 to 1000"),
         ("limit=1&limit=2", "limit", "once"),

@@ -105,6 +105,7 @@ fn matrix() -> String {
 }
 
 #[test]
+#[expect(clippy::disallowed_methods, reason = "it is no setting of the program")]
 fn the_matrix_of_roles_is_the_page_in_the_reference() {
     let found = matrix();
     if std::env::var_os("UPDATE_MATRIX").is_some() {

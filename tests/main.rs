@@ -9,6 +9,7 @@ mod crash;
 mod demo;
 mod foreign_clients;
 mod fuzz;
+mod gateways;
 mod harness;
 mod hostile;
 mod limits;

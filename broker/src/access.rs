@@ -14,6 +14,8 @@ use fleet_core::config;
 use fleet_core::control::{self, Verdict};
 use fleet_core::credential::{self, Offer};
 use fleet_core::directory::Directory;
+use fleet_core::gateway::Children;
+use fleet_core::id::{TenantId, TenantKey};
 use fleet_core::policy::{Guard, Principal, TopicRules, Who};
 use fleet_core::token::{self, Keys};
 use fleet_core::topic::{Channel, DeviceTopic};
@@ -103,7 +105,7 @@ impl Access {
     pub(crate) async fn acquaint(&self, principal: &Principal) -> Result<(), Refusal> {
         let Principal { tenant, tenant_id, who, .. } = principal;
         let is_due = match who {
-            Who::Device { key, id } => self.directory.lacks(tenant_id, id, *key),
+            Who::Device { key, id, .. } => self.directory.lacks(tenant_id, id, *key),
             Who::User { grants, .. } => !grants.is_unscoped() && !self.directory.holds(tenant_id),
         };
         if !is_due {
@@ -213,6 +215,8 @@ pub(crate) struct Rights {
     rules: TopicRules,
     /// The device, when the principal is one.
     sender: Option<Arc<Sender>>,
+    /// Those it acts for, when it is a gateway.
+    family: Option<Box<Family>>,
     /// Devices publish on few topics: the last decision is nearly always the next one.
     last: Option<(ByteString, Route)>,
 }
@@ -221,12 +225,12 @@ impl Rights {
     /// What this principal may do; `devices` tells which devices are in its scope.
     pub(crate) fn new(principal: &Principal, devices: &Arc<Directory>) -> Self {
         let sender = match &principal.who {
-            Who::Device { key, id } => {
+            Who::Device { key, id, .. } => {
                 Some(Arc::new(Sender { tenant: principal.tenant, device: *key, id: id.clone() }))
             }
             Who::User { .. } => None,
         };
-        Self { rules: principal.topic_rules(devices), sender, last: None }
+        Self { rules: principal.topic_rules(devices), sender, family: Family::of(principal), last: None }
     }
 
     /// The device, when the principal is one.
@@ -252,7 +256,8 @@ impl Rights {
         if topic.split('/').next() == Some("$SYS") {
             return Err("topics below $SYS are the broker's own");
         }
-        if !self.rules.may_publish(topic) {
+        let child = self.child(topic);
+        if child.is_none() && !self.rules.may_publish(topic) {
             return Err("publishing on this topic is not allowed");
         }
         let stored: fn(Arc<Sender>) -> Route = match DeviceTopic::parse(topic).map(|topic| topic.channel) {
@@ -260,22 +265,58 @@ impl Rights {
             Some(Channel::Status) => Route::Status,
             _ => return Ok(Route::Live),
         };
-        let sender = self.sender.as_ref().ok_or("only the device itself may publish its telemetry and status")?;
-        Ok(stored(sender.clone()))
+        let sender = child.map(Arc::new).or_else(|| self.sender.clone());
+        sender.map(stored).ok_or("only the device itself may publish its telemetry and status")
+    }
+
+    /// The child that a topic or a filter is about.
+    fn child(&self, topics: &str) -> Option<Sender> {
+        let Family { tenant, tenant_id, children } = &**self.family.as_ref()?;
+        let (id, device) = children.of_topic(tenant_id, topics)?;
+        Some(Sender { tenant: *tenant, device, id: id.clone() })
+    }
+
+    /// Whether a topic or a filter is about a device that this gateway acts for.
+    fn is_of_child(&self, topics: &str) -> bool {
+        self.family.as_ref().is_some_and(|family| family.children.of_topic(&family.tenant_id, topics).is_some())
+    }
+
+    /// The gateway that a refused message is put aside for, because its protocol has no word for a refusal: for one child that
+    /// may not be spoken for, it would be closed, and so would all others behind it.
+    pub(crate) fn put_aside_for(&self, topic: &str) -> Option<Arc<Sender>> {
+        let family = self.family.as_ref()?;
+        let is_device = DeviceTopic::parse(topic).is_some_and(|about| about.tenant == family.tenant_id.as_str());
+        self.sender.clone().filter(|_| is_device)
     }
 
     /// What of this filter must not be received although it may be subscribed to.
     pub(crate) fn delivery_guard(&self, filter: &str) -> Option<Guard> {
-        self.rules.delivery_guard(filter)
+        // The rules know nothing of children, and would keep all of theirs back.
+        if self.is_of_child(filter) { None } else { self.rules.delivery_guard(filter) }
     }
 
     /// Whether a message on this topic may be received: it may wait for longer than the right to it.
     pub(crate) fn may_receive(&self, topic: &str) -> bool {
-        self.rules.may_receive(topic)
+        self.rules.may_receive(topic) || self.is_of_child(topic)
     }
 
     /// Whether this filter may be subscribed to.
     pub(crate) fn may_subscribe(&self, filter: &str) -> bool {
-        self.rules.may_subscribe(filter)
+        self.rules.may_subscribe(filter) || self.is_of_child(filter)
+    }
+}
+
+/// A gateway's children, and the tenant whose topics they use.
+struct Family {
+    tenant: TenantKey,
+    tenant_id: TenantId,
+    children: Children,
+}
+
+impl Family {
+    fn of(principal: &Principal) -> Option<Box<Self>> {
+        let children = principal.children();
+        let (tenant, tenant_id) = (principal.tenant, principal.tenant_id.clone());
+        (!children.is_empty()).then(|| Box::new(Self { tenant, tenant_id, children }))
     }
 }

@@ -36,6 +36,9 @@ const COMMIT_WITHIN: Duration = Duration::from_secs(30);
 /// Latest values and states are written that often.
 const FLUSH_EVERY: Duration = Duration::from_secs(1);
 
+/// Why a message of a gateway is put aside.
+const NOT_A_CHILD: &str = "the gateway may not speak for this device: it is disabled, or not behind this gateway";
+
 /// The device whose message it is.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Sender {
@@ -57,6 +60,8 @@ pub(crate) enum What {
     Telemetry(Incoming),
     /// A state, as a device sent it.
     Status(Incoming),
+    /// What a gateway sent for a device that it may not speak for.
+    Refused(Incoming),
     /// A state, as the broker saw it.
     Seen(Change),
 }
@@ -68,7 +73,7 @@ impl Item {
 
     fn message(&self) -> Option<&Incoming> {
         match &self.what {
-            What::Telemetry(message) | What::Status(message) => Some(message),
+            What::Telemetry(message) | What::Status(message) | What::Refused(message) => Some(message),
             What::Seen(_) => None,
         }
     }
@@ -328,15 +333,21 @@ impl Writer {
     async fn release(&mut self, items: &mut Vec<Held<Item>>, lost: &[usize]) {
         self.metrics.queued.sub(i64::try_from(items.len()).unwrap_or_default());
         for (place, held) in items.drain(..).enumerate() {
-            let (What::Telemetry(incoming) | What::Status(incoming)) = held.item.what else { continue };
+            let is_kept = !lost.contains(&place);
+            let (incoming, is_routed) = match held.item.what {
+                What::Telemetry(incoming) | What::Status(incoming) => (incoming, is_kept),
+                What::Refused(incoming) => (incoming, false),
+                What::Seen(_) => continue,
+            };
             match &incoming.receipt {
-                Some(receipt) if lost.contains(&place) => receipt.fail(),
-                Some(_) => {
-                    self.metrics.acknowledged.inc();
-                    self.sessions.publish(incoming).await;
-                }
-                None if lost.contains(&place) => {}
-                None => self.sessions.publish(incoming).await,
+                Some(receipt) if !is_kept => receipt.fail(),
+                Some(_) => self.metrics.acknowledged.inc(),
+                None => {}
+            }
+            if is_routed {
+                self.sessions.publish(incoming).await;
+            } else if let Some(receipt) = incoming.receipt.filter(|_| is_kept) {
+                receipt.settle();
             }
         }
     }
@@ -486,6 +497,10 @@ impl Sorted {
                 for rejected in self.batch.push(tenant, device, payload, item.received_ms, limits) {
                     self.put_aside(item, message, rejected);
                 }
+            }
+            What::Refused(message) => {
+                let payload = message.publish.payload.to_vec();
+                self.put_aside(item, message, Rejected { reason: NOT_A_CHILD.to_owned(), payload });
             }
             What::Status(message) => {
                 self.status += 1;

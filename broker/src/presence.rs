@@ -265,6 +265,7 @@ impl Presences {
 
 #[cfg(test)]
 mod tests {
+    use fleet_core::gateway::Children;
     use fleet_core::id::{DeviceKey, UserId};
     use fleet_core::policy::{Grants, Proof};
 
@@ -293,7 +294,7 @@ mod tests {
     }
 
     fn device(tenant: i64, client_id: &str) -> Presence {
-        let who = Who::Device { key: DeviceKey(1), id: client_id.parse().unwrap() };
+        let who = Who::Device { key: DeviceKey(1), id: client_id.parse().unwrap(), children: Children::default() };
         presence(tenant, who, client_id, Transport::Tcp)
     }
 

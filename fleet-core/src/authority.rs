@@ -26,6 +26,7 @@ use crate::config;
 use crate::control;
 use crate::csr::{Csr, check_hash, check_key};
 use crate::error::{Error, OrOn, Result, check_version};
+use crate::gateway;
 use crate::id::{AuthorityId, DeviceId, DeviceKey, TenantId, TenantKey};
 use crate::policy::{Principal, Proof, Vouched, Who};
 use crate::role;
@@ -572,12 +573,15 @@ pub async fn vouching(
         now,
         MAX_TRIED
     )
-    .fetch_all(db)
+    .fetch_all(&mut *db)
     .await?;
+    let devices = rows.iter().map(|row| row.device).collect::<Vec<_>>();
+    let families = gateway::children_of(db, &devices).await?;
     let candidates = rows.into_iter().map(|row| {
         let vouched = Some(Vouched { authority: row.authority, serial });
         let proof = Proof { valid_until: Some(shown.not_after), vouched, ..Proof::default() };
-        let who = Who::Device { key: row.device, id: device.clone() };
+        let children = families.get(&row.device).cloned().unwrap_or_default();
+        let who = Who::Device { key: row.device, id: device.clone(), children };
         let principal = Principal { tenant: row.tenant, tenant_id: row.tenant_id, who, proof };
         Candidate { authority: row.certificate, principal }
     });

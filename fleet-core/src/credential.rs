@@ -6,6 +6,8 @@
 //! [`MAX_VALID`] of a kind and a device are valid at once; whoever issues holds the device's row lock, so two callers cannot
 //! both be the second; a revoked certificate stays refused for as long as it would be valid. Ignorant of: MQTT, HTTP.
 
+use std::collections::HashMap;
+
 use aws_lc_rs::rand;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -20,6 +22,7 @@ use crate::certificate::{Certificate, Fingerprint, Serial};
 use crate::config::Secret;
 use crate::control;
 use crate::error::{Error, OrOn, Result};
+use crate::gateway;
 use crate::id::{AuthorityId, CredentialId, DeviceId, DeviceKey, TenantId, TenantKey};
 use crate::policy::{Principal, Proof, Who};
 use crate::revocation::{self, Reason};
@@ -140,7 +143,8 @@ pub async fn verify_many(
     let stored = sqlx::query!(
         r#"
         select asked.place as "place!", t.key as "tenant: TenantKey", d.key as "device: DeviceKey",
-               c.id as "credential: CredentialId", c.secret_hash as "secret_hash!", c.expires_at
+               c.id as "credential: CredentialId", c.secret_hash as "secret_hash!", c.expires_at,
+               exists (select from device where gateway_key = d.key) as "is_gateway!"
           from unnest($1::int[], $2::text[], $3::text[]) as asked (place, tenant, device)
           join tenant t on t.id = asked.tenant
          cross join lateral (select key, disabled from device
@@ -155,7 +159,7 @@ pub async fn verify_many(
         &devices,
         now
     )
-    .fetch_all(db)
+    .fetch_all(&mut *db)
     .await?;
     let offered: Vec<_> = offers.iter().map(|offer| Sha256::digest(offer.secret)).collect();
     // All are compared, so that the time taken does not tell which of them matched.
@@ -167,12 +171,16 @@ pub async fn verify_many(
             matched[place] = Some(row);
         }
     }
+    let gateways = matched.iter().flatten().filter(|row| row.is_gateway).map(|row| row.device).collect::<Vec<_>>();
+    let families = if gateways.is_empty() { HashMap::new() } else { gateway::children_of(db, &gateways).await? };
     let principals = matched.into_iter().zip(names).map(|(row, name)| {
         let (row, (tenant_id, id)) = (row?, name?);
+        // A copy: another client of the same device may be in the list.
+        let children = families.get(&row.device).cloned().unwrap_or_default();
         Some(Principal {
             tenant: row.tenant,
             tenant_id,
-            who: Who::Device { key: row.device, id },
+            who: Who::Device { key: row.device, id, children },
             proof: Proof { credential: Some(row.credential), valid_until: row.expires_at, ..Proof::default() },
         })
     });
@@ -232,11 +240,12 @@ pub async fn registration(
     if row.first_used_at.is_none() {
         let id = row.credential.uuid();
         sqlx::query!("update credential set first_used_at = $2 where id = $1 and first_used_at is null", id, now)
-            .execute(db)
+            .execute(&mut *db)
             .await?;
     }
     let proof = Proof { credential: Some(row.credential), ..proof };
-    let who = Who::Device { key: row.device, id: row.device_id };
+    let children = gateway::children(db, row.device).await?;
+    let who = Who::Device { key: row.device, id: row.device_id, children };
     let holder = Some(Principal { tenant, tenant_id: row.tenant_id, who, proof });
     Ok(Some(Registration { tenant, is_signed, holder }))
 }
@@ -254,12 +263,13 @@ pub async fn of_name(db: &mut PgConnection, shown: &Certificate) -> Result<Optio
         tenant_id.as_str(),
         id.as_str()
     )
-    .fetch_optional(db)
+    .fetch_optional(&mut *db)
     .await?;
-    Ok(row.map(|row| Principal {
+    let Some(row) = row else { return Ok(None) };
+    Ok(Some(Principal {
         tenant: row.tenant,
         tenant_id,
-        who: Who::Device { key: row.device, id },
+        who: Who::Device { key: row.device, id, children: gateway::children(db, row.device).await? },
         proof: Proof { valid_until: Some(shown.not_after), ..Proof::default() },
     }))
 }

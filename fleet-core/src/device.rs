@@ -272,6 +272,9 @@ pub async fn enrol(
     .await
     .or_on("device_id_key", || Error::DeviceExists(new.id.clone()))?;
     let issued = credential::issue(db, tenant, &new.id, now).await?;
+    if gateway.is_some() {
+        control::bump(db).await?;
+    }
     Ok((find(db, tenant, &new.id).await?, issued))
 }
 
@@ -311,18 +314,6 @@ pub async fn open(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Re
     );
     let row = row.fetch_optional(db).await?;
     row.map(|row| row.key).ok_or_else(|| Error::NoSuchDevice(id.clone()))
-}
-
-/// The row of `child`, when `gateway` may act for it: it names that gateway and is not disabled.
-pub async fn find_child(db: &mut PgConnection, gateway: DeviceKey, child: &DeviceId) -> Result<Option<DeviceKey>> {
-    let key = sqlx::query_scalar!(
-        r#"select key as "key: DeviceKey" from device where gateway_key = $1 and id = $2 and not disabled"#,
-        gateway.0,
-        child.as_str()
-    )
-    .fetch_optional(db)
-    .await?;
-    Ok(key)
 }
 
 /// At most `limit` (itself at most [`MAX_PAGE`]) of the devices that `filter` asks for, beginning behind the id `after`.
@@ -407,7 +398,7 @@ pub async fn update(
     };
     write(db, &new, gateway, now).await?;
     let moved = (&new.group, &new.kind, &new.labels) != (&old.group, &old.kind, &old.labels);
-    if new.disabled != old.disabled || moved {
+    if new.disabled != old.disabled || new.gateway != old.gateway || moved {
         control::bump(db).await?;
     }
     Ok((old, find(db, tenant, id).await?))
@@ -685,21 +676,6 @@ mod tests {
         let (won, lost) = if one.is_ok() { (one, two) } else { (two, one) };
         won.unwrap();
         assert!(matches!(lost, Err(Error::BadGateway(_))), "{lost:?}");
-    }
-
-    #[tokio::test]
-    async fn a_gateway_acts_for_its_children_only() {
-        let db = TestDb::new().await;
-        let gateway = enrolled(&db, &NewDevice::named(id("gw"))).await.unwrap();
-        let child = NewDevice { gateway: Some(id("gw")), ..NewDevice::named(id("child")) };
-        let child = enrolled(&db, &child).await.unwrap();
-        enrolled(&db, &NewDevice::named(id("stranger"))).await.unwrap();
-        let mut conn = db.pool().acquire().await.unwrap();
-        assert_eq!(find_child(&mut conn, gateway.key, &child.id).await.unwrap(), Some(child.key));
-        assert_eq!(find_child(&mut conn, gateway.key, &id("stranger")).await.unwrap(), None);
-        assert_eq!(find_child(&mut conn, child.key, &id("gw")).await.unwrap(), None);
-        updated(&db, "child", Patch { disabled: Some(true), ..Patch::default() }, &[]).await.unwrap();
-        assert_eq!(find_child(&mut conn, gateway.key, &child.id).await.unwrap(), None, "disabled");
     }
 
     #[tokio::test]

@@ -12,6 +12,7 @@ use sqlx::PgConnection;
 use crate::directory::Directory;
 use crate::error::Result;
 use crate::filter_set::{DEVICE, FilterSet, Names, TENANT};
+use crate::gateway;
 use crate::id::{ApiKeyId, DeviceId, TenantKey, UserId};
 use crate::policy::{About, Grant, Grants, Permission, Principal, Proof, Role, Source, Who};
 use crate::role::Roles;
@@ -20,6 +21,9 @@ use crate::standing::{self, Asked, Standing};
 use crate::topic;
 use crate::topic_rule::{Action, Effect, TopicRule};
 use crate::user;
+
+/// The built-in role of a device that acts for others.
+const GATEWAY: &str = "gateway";
 
 /// What is asked about a topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,7 +87,8 @@ pub async fn principal(
     let (user, key) = match whom {
         Whom::Device(id) => {
             let device = crate::device::find(db, by.tenant, id).await?;
-            let who = Who::Device { key: device.key, id: device.id };
+            let children = gateway::children(db, device.key).await?;
+            let who = Who::Device { key: device.key, id: device.id, children };
             let principal = Principal { who, proof: Proof::default(), ..by.clone() };
             return Ok((principal, device.disabled.then_some("the device is disabled")));
         }
@@ -159,6 +164,10 @@ pub fn topic(principal: &Principal, asked: Use, name: &str, device: Option<&Attr
     };
     let question =
         Question { asked, name, names: Names { tenant: principal.tenant_id.clone(), device: device_id }, device };
+    if let Some((child, _)) = principal.children().of_topic(&principal.tenant_id, name) {
+        let by = Deciding { source: None, role: GATEWAY.to_owned(), rule: None };
+        return Decision { allowed: true, by: Some(by), why: format!("it is the gateway of {child}") };
+    }
     let Some(grants) = own else {
         return question.judge(Role::Device.written_rules().into_iter().map(|rule| (None, rule, Extent::Everything)));
     };
@@ -284,6 +293,9 @@ pub fn device_of(principal: &Principal, name: &str) -> Option<DeviceId> {
 /// The same decision by the compiled policy, which is the one that counts.
 pub fn compiled(principal: &Principal, asked: Use, name: &str, devices: &Arc<Directory>) -> bool {
     let rules = principal.topic_rules(devices);
+    if principal.children().of_topic(&principal.tenant_id, name).is_some() {
+        return true;
+    }
     match asked {
         Use::Publish => rules.may_publish(name),
         Use::Subscribe => rules.may_subscribe(name),

@@ -4,6 +4,7 @@
 //! ([`TenantKey`], [`DeviceKey`]) is the narrow number rows refer to; it never leaves the server.
 //! Everything else has a uuid v7 inside and a prefixed form outside: `crd_…`, `usr_…`, `con_…`.
 
+use std::borrow::Borrow;
 use std::fmt;
 use std::str::FromStr;
 
@@ -85,6 +86,12 @@ macro_rules! name {
         impl From<$name> for String {
             fn from(name: $name) -> String {
                 name.0
+            }
+        }
+
+        impl Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
             }
         }
 

@@ -5,6 +5,7 @@
 //! | names and keys: tenant, device, credential, user, session | [`id`] |
 //! | the topic grammar | [`topic`] |
 //! | a device, its lifecycle and labels | [`device`] |
+//! | gateways, and the children they act for | [`gateway`] |
 //! | many devices at once, from a file | [`import`] |
 //! | a device's tokens and certificates | [`credential`], [`certificate`], [`csr`] |
 //! | who may vouch for devices, and signs their certificates | [`authority`] |
@@ -55,6 +56,7 @@ pub mod directory;
 pub mod error;
 pub mod explain;
 mod filter_set;
+pub mod gateway;
 pub mod id;
 pub mod idempotency;
 pub mod import;

@@ -11,6 +11,7 @@ use chrono::{DateTime, Utc};
 
 use crate::certificate::Serial;
 use crate::directory::Directory;
+use crate::gateway::Children;
 use crate::id::{
     ApiKeyId, AuthorityId, BindingId, CredentialId, DeviceId, DeviceKey, LoginSessionId, RoleId, TenantId, TenantKey,
     UserId,
@@ -507,6 +508,8 @@ pub enum Who {
         key: DeviceKey,
         /// Its name.
         id: DeviceId,
+        /// The devices it may act for.
+        children: Children,
     },
     /// A user, by an access token, or a program by an API key of that user.
     User {
@@ -569,6 +572,15 @@ impl Principal {
         }
     }
 
+    /// The devices that it may act for.
+    pub fn children(&self) -> Children {
+        match &self.who {
+            // Who may only renew a certificate does nothing else, for nobody.
+            Who::Device { children, .. } if !self.proof.renew_only => children.clone(),
+            _ => Children::default(),
+        }
+    }
+
     /// The bounds within which this principal manages access, if it may at all.
     pub fn manager(&self) -> Manager<'_> {
         let above = matches!(&self.who, Who::User { platform: true, key: None, grants, .. } if grants.is_admin());
@@ -604,7 +616,7 @@ mod tests {
         Principal {
             tenant: TenantKey(1),
             tenant_id: "main".parse().unwrap(),
-            who: Who::Device { key: DeviceKey(7), id: id.parse().unwrap() },
+            who: Who::Device { key: DeviceKey(7), id: id.parse().unwrap(), children: Children::default() },
             proof: Proof::default(),
         }
     }

@@ -25,6 +25,7 @@ use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
 use crate::clock::from_ms;
+use crate::gateway;
 use crate::id::{ApiKeyId, DeviceId, DeviceKey, SessionId, TenantId, TenantKey, UserId};
 use crate::policy::{Grants, Principal, Proof, Who};
 use crate::role::Roles;
@@ -345,13 +346,18 @@ pub async fn load(db: &mut PgConnection, now: DateTime<Utc>) -> Result<Vec<Store
     )
     .fetch_all(&mut *db)
     .await?;
+    let devices = rows.iter().filter_map(|row| row.device_key).collect::<Vec<_>>();
+    let families = gateway::children_of(db, &devices).await?;
     let users = rows.iter().filter_map(|row| Some(Asked { user: row.user_id?, key: row.api_key_id, session: None }));
     let users = users.collect::<Vec<_>>();
     let mut standings = standing::of_many(db, &Roles::default(), &users, now).await?.into_iter();
     let mut sessions = Vec::with_capacity(rows.len());
     for row in rows {
         let who = match (row.device_key, row.device_id, row.user_id) {
-            (Some(key), Some(id), _) => Who::Device { key, id },
+            (Some(key), Some(id), _) => {
+                let children = families.get(&key).cloned().unwrap_or_default();
+                Who::Device { key, id, children }
+            }
             // Who may not come in has no rights for the time being.
             (_, _, Some(id)) => match standings.next().and_then(Standing::principal) {
                 Some(principal) => principal.who,

@@ -9,6 +9,7 @@ use axum::response::Response;
 use chrono::{DateTime, Utc};
 use fleet_core::audit::Entry;
 use fleet_core::device::{self, Device, DeviceType, Filter, GroupPath, Labels, MAX_PAGE, NewDevice, Patch};
+use fleet_core::gateway;
 use fleet_core::id::DeviceId;
 use fleet_core::status::{self, DeviceStatus};
 use serde::{Deserialize, Serialize};
@@ -17,7 +18,8 @@ use sqlx::PgConnection;
 use utoipa::{IntoParams, ToSchema};
 
 use crate::extract::{
-    Can, Conditions, DevicesRead, DevicesWrite, FromQuery, Json, MergePatch, Once, Params, Path, Query, given, not_null,
+    Caller, Can, Conditions, DevicesRead, DevicesWrite, FromQuery, Json, MergePatch, Once, Params, Path, Query, given,
+    not_null,
 };
 use crate::page::{Cursor, Page, behind};
 use crate::problem::{Document, Problem};
@@ -238,12 +240,26 @@ pub(crate) async fn enrol(
     let Enrol { id, r#type: kind, group, labels, gateway } = request;
     let new = NewDevice { id, kind, group, labels, gateway };
     let (device, issued) = device::enrol(&mut tx, caller.tenant, &new, app.clock.now()).await?;
+    check_room(&mut tx, &caller, device.gateway.as_ref(), &app).await?;
     let mut body = Enrolled { device: DeviceBody::new(device, None), credential: NewCredentialBody::new(issued) };
     let password = body.credential.take_password();
     taken.finish(&mut tx, StatusCode::CREATED, &body).await?;
     tx.commit(Entry::of("device.enrol", &new.id).on(&new.id).after(&body)).await?;
     body.credential.put_password(password);
     Ok(made(location(new.id.as_str()), body))
+}
+
+/// Refuses a gateway that has too many children now.
+async fn check_room(
+    db: &mut PgConnection,
+    caller: &Caller,
+    gateway: Option<&DeviceId>,
+    app: &App,
+) -> Result<(), Problem> {
+    match gateway {
+        Some(gateway) => Ok(gateway::check_room(db, caller.tenant, gateway, app.provisioning.max_children).await?),
+        None => Ok(()),
+    }
 }
 
 fn location(id: &str) -> String {
@@ -444,6 +460,7 @@ pub(crate) async fn change(
     let mut tx = caller.change(&app).await?;
     let now = app.clock.now();
     let (old, new) = device::update(&mut tx, caller.tenant, &id, &patch, &conditions.versions(), now).await?;
+    check_room(&mut tx, &caller, patch.gateway.flatten().as_ref(), &app).await?;
     let body = with_status(&mut tx, new.clone()).await?;
     tx.commit(Entry::of("device.update", &id).on(&id).before(&known(old)).after(&known(new))).await?;
     Ok(current(body))

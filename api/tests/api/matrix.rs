@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use fleet_core::explain::{self, Use};
+use fleet_core::gateway::Children;
 use fleet_core::id::{DeviceKey, TenantKey, UserId};
 use fleet_core::policy::{About, Grants, Permission, Principal, Proof, Role, Who};
 
@@ -44,7 +45,7 @@ fn user(role: Role) -> Principal {
 }
 
 fn device() -> Principal {
-    let who = Who::Device { key: DeviceKey(1), id: "boiler-1".parse().unwrap() };
+    let who = Who::Device { key: DeviceKey(1), id: "boiler-1".parse().unwrap(), children: Children::default() };
     Principal { who, ..user(Role::Admin) }
 }
 

@@ -46,7 +46,12 @@ async fn a_decision_is_the_one_that_is_made_and_says_why() {
     assert!(other["reason"].as_str().unwrap().contains("another scope"), "{other}");
     let own = ask(&api, "boiler-1", "publish", json!("fleet/v1/main/boiler-1/telemetry")).await;
     assert_eq!((&own["decision"], &own["decided_by"]["source"]), (&json!("allow"), &json!("device")));
-    assert_eq!(ask(&api, "boiler-1", "publish", json!("fleet/v1/main/boiler-2/telemetry")).await["decision"], "deny");
+    let child = api.ask("PATCH", "/api/v1/devices/boiler-2").json(&json!({ "gateway": "boiler-1" }));
+    let theirs = || ask(&api, "boiler-1", "publish", json!("fleet/v1/main/boiler-2/telemetry"));
+    assert_eq!(theirs().await["decision"], "deny");
+    child.send().await.expect(200);
+    let theirs = theirs().await;
+    assert_eq!((&theirs["decision"], &theirs["decided_by"]["role"]), (&json!("allow"), &json!("gateway")), "{theirs}");
     let mine = api.post("/api/v1/access/check", json!({ "action": "access:manage" })).await.expect(200);
     assert_eq!(mine.body["decided_by"]["role"], "admin");
 }

@@ -1,5 +1,6 @@
 //! Sessions over REST.
 
+use fleet_core::gateway::Children;
 use fleet_core::id::{DeviceKey, SessionId, TenantKey};
 use fleet_core::policy::{Grants, Principal, Proof, Who};
 use fleet_core::session::{self, Enqueue, Leave, Message, NEVER, NewSession, Subscription};
@@ -14,7 +15,7 @@ async fn device(api: &Api, id: &str) -> Who {
     api.enrol(id).await;
     let key: i64 =
         sqlx::query_scalar("select key from device where id = $1").bind(id).fetch_one(api.db.pool()).await.unwrap();
-    Who::Device { key: DeviceKey(key), id: id.parse().unwrap() }
+    Who::Device { key: DeviceKey(key), id: id.parse().unwrap(), children: Children::default() }
 }
 
 /// Keeps a session in the tenant.

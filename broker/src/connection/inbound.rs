@@ -87,7 +87,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Ok(Route::Telemetry(sender)) => self.store(sender, publish, What::Telemetry),
             Ok(Route::Status(sender)) => self.store(sender, publish, What::Status),
             Ok(Route::Live) => self.pass_on(publish),
-            Err(text) => return self.deny(&publish, text),
+            Err(text) => return self.deny(publish, text),
         }
         Ok(())
     }
@@ -146,13 +146,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(())
     }
 
-    /// Says no: with a reason at QoS 1 and 2 of MQTT 5; 3.1.1 can only be closed (3.1.1 §3.3.5).
-    fn deny(&mut self, publish: &Publish, text: &'static str) -> Result<(), End> {
+    /// Says no: with a reason at QoS 1 and 2 of MQTT 5; 3.1.1 can only be closed (3.1.1 §3.3.5), but for a gateway, whose
+    /// message is put aside.
+    fn deny(&mut self, publish: Publish, text: &'static str) -> Result<(), End> {
         self.shared.metrics.denied.with_label_values(&["publish"]).inc();
-        if self.encoder.version() == Version::V311 {
-            return Err(End::Denied);
+        if self.encoder.version() == Version::V5 {
+            self.answer_now(&publish, Reason::NotAuthorized, text);
+            return Ok(());
         }
-        self.answer_now(publish, Reason::NotAuthorized, text);
+        let gateway = self.rights.put_aside_for(&publish.topic).ok_or(End::Denied)?;
+        self.store(gateway, publish, What::Refused);
         Ok(())
     }
 

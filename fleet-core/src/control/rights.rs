@@ -1,14 +1,17 @@
 //! Whether those who are connected may still be.
 
+use std::collections::HashMap;
+
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::Result;
-use crate::id::CredentialId;
+use crate::gateway::{self, Children};
+use crate::id::{CredentialId, DeviceKey};
 use crate::policy::{Principal, Who};
 use crate::role::Roles;
 use crate::standing::{self, Asked, Standing};
+use crate::{Error, Result};
 
 /// Why a principal may not stay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +63,7 @@ pub enum Verdict {
     Changed(Principal),
 }
 
-/// Looks at principals again: for each, by its place, whose standing is not what it was. One statement for all devices,
+/// Looks at principals again: for each, by its place, whose standing is not what it was. Two statements for all devices,
 /// one for all users and API keys.
 pub async fn recheck(
     db: &mut PgConnection,
@@ -78,11 +81,13 @@ async fn devices(
     principals: &[&Principal],
     now: DateTime<Utc>,
 ) -> Result<Vec<(usize, Verdict)>> {
-    let (mut places, mut keys, mut credentials, mut until) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut places, mut devices, mut keys) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut credentials, mut until) = (Vec::new(), Vec::new());
     let (mut authorities, mut serials, mut late) = (Vec::new(), Vec::new(), Vec::new());
     for (place, principal) in principals.iter().enumerate() {
         if let Who::Device { key, .. } = &principal.who {
             places.push(place);
+            devices.push(*key);
             keys.push(key.0);
             credentials.push(principal.proof.credential.map(CredentialId::uuid));
             until.push(principal.proof.valid_until);
@@ -123,19 +128,40 @@ async fn devices(
         &serials as &[Option<Vec<u8>>],
         &late
     )
-    .fetch_all(db)
+    .fetch_all(&mut *db)
     .await?;
-    let verdicts = rows.into_iter().filter_map(|row| {
-        let place = places[usize::try_from(row.place).ok()?.checked_sub(1)?];
-        let verdict = match (row.deleted, row.disabled, row.ended) {
+    let families = gateway::children_of(db, &devices).await?;
+    let adopted = places.iter().filter_map(|place| Some((*place, adopt(principals[*place], &families)?)));
+    let mut adopted: HashMap<_, _> = adopted.collect();
+    let mut verdicts = Vec::new();
+    for row in rows {
+        let place = usize::try_from(row.place).ok().and_then(|place| places.get(place.checked_sub(1)?));
+        let place = *place.ok_or_else(|| Error::Internal("a place beyond the list".into()))?;
+        let verdict = match (row.deleted, row.disabled, row.ended, row.expires_at) {
             (true, ..) => Verdict::Ended(Ended::DeviceDeleted),
-            (_, true, _) => Verdict::Ended(Ended::DeviceDisabled),
-            (_, _, true) => Verdict::Ended(Ended::CredentialEnded),
-            _ => Verdict::Until(row.expires_at?),
+            (_, true, ..) => Verdict::Ended(Ended::DeviceDisabled),
+            (_, _, true, _) => Verdict::Ended(Ended::CredentialEnded),
+            (.., Some(at)) => Verdict::Until(at),
+            (.., None) => continue,
         };
-        Some((place, verdict))
-    });
-    Ok(verdicts.collect())
+        match (&verdict, adopted.get_mut(&place)) {
+            (Verdict::Until(at), Some(principal)) => principal.proof.valid_until = Some(*at),
+            (_, Some(_)) => drop(adopted.remove(&place)),
+            (_, None) => {}
+        }
+        verdicts.push((place, verdict));
+    }
+    verdicts.extend(adopted.into_iter().map(|(place, principal)| (place, Verdict::Changed(principal))));
+    Ok(verdicts)
+}
+
+/// A gateway that acts for others than before.
+fn adopt(principal: &Principal, families: &HashMap<DeviceKey, Children>) -> Option<Principal> {
+    let Who::Device { key, id, children: known } = &principal.who else { return None };
+    let children = families.get(key).cloned().unwrap_or_default();
+    let is_new = children != *known;
+    let who = Who::Device { key: *key, id: id.clone(), children };
+    is_new.then(|| Principal { who, ..principal.clone() })
 }
 
 async fn users(

@@ -9,6 +9,7 @@ use crate::Error;
 use crate::clock::{Clock, from_ms};
 use crate::credential;
 use crate::device::{self, NewDevice, Patch};
+use crate::gateway::Children;
 use crate::id::{ConnectionId, DeviceId, SessionId, TenantKey, UserId};
 use crate::policy::{Grants, Principal, Proof, Role, Who};
 use crate::revocation::Reason;
@@ -156,7 +157,8 @@ async fn a_user_is_looked_at_again_too() {
 async fn of_many_each_gets_its_own_verdict() {
     let db = TestDb::new().await;
     let well = connected(&db).await;
-    let gone = Principal { who: Who::Device { key: crate::id::DeviceKey(-1), id: boiler() }, ..well.clone() };
+    let who = Who::Device { key: crate::id::DeviceKey(-1), id: boiler(), children: Children::default() };
+    let gone = Principal { who, ..well.clone() };
     let nobody = Principal {
         who: Who::User { id: UserId::new(), key: None, grants: Grants::default(), platform: false },
         ..well.clone()
@@ -168,6 +170,39 @@ async fn of_many_each_gets_its_own_verdict() {
     let deleted = Verdict::Ended(Ended::DeviceDeleted);
     assert_eq!(verdicts, [(1, deleted.clone()), (2, Verdict::Ended(Ended::UserDeleted)), (4, deleted)]);
     assert_eq!(recheck(&mut conn, &Roles::default(), &[], from_ms(NOON)).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn a_gateway_hears_of_its_children() {
+    let db = TestDb::new().await;
+    let gateway = connected(&db).await;
+    let now = from_ms(NOON);
+    let mut conn = db.pool().acquire().await.unwrap();
+    let before = epoch(&db).await;
+    let child: DeviceId = "child".parse().unwrap();
+    let new = NewDevice { gateway: Some(boiler()), ..NewDevice::named(child.clone()) };
+    let (enrolled, _) = device::enrol(&mut conn, db.tenant(), &new, now).await.unwrap();
+    let Some(Verdict::Changed(with_child)) = verdict(&db, &gateway, now).await else { panic!("it has a child now") };
+    let Who::Device { children, .. } = &with_child.who else { panic!("it is a device") };
+    assert_eq!(children.get("child"), Some((&child, enrolled.key)));
+    assert_eq!(with_child.proof, gateway.proof);
+    assert_eq!(verdict(&db, &with_child, now).await, None, "that is known");
+
+    // Its credential has an end from now on, and the child goes: both are told.
+    credential::rotate(&mut conn, db.tenant(), &boiler(), 60, now).await.unwrap();
+    let free = Patch { gateway: Some(None), ..Patch::default() };
+    device::update(&mut conn, db.tenant(), &child, &free, &[], now).await.unwrap();
+    let verdicts = recheck(&mut conn, &Roles::default(), &[&with_child], now).await.unwrap();
+    let until = now + chrono::TimeDelta::seconds(60);
+    let alone = Principal { proof: Proof { valid_until: Some(until), ..gateway.proof }, ..gateway.clone() };
+    assert_eq!(verdicts, [(0, Verdict::Until(until)), (0, Verdict::Changed(alone.clone()))]);
+
+    let disable = Patch { disabled: Some(true), gateway: Some(Some(boiler())), ..Patch::default() };
+    device::update(&mut conn, db.tenant(), &child, &disable, &[], now).await.unwrap();
+    assert_eq!(verdict(&db, &alone, now).await, None, "a disabled child is none");
+    device::delete(&mut conn, db.tenant(), &boiler(), &[], now).await.unwrap();
+    assert_eq!(verdict(&db, &with_child, now).await, Some(Verdict::Ended(Ended::DeviceDeleted)), "and nothing else");
+    assert!(epoch(&db).await >= before + 5);
 }
 
 // Questions

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::clock::Clock;
+use crate::gateway::Children;
 use crate::policy::{Permission, Role};
 use crate::telemetry::fixture::{NOW, enrol};
 use crate::testing::TestDb;
@@ -72,7 +73,7 @@ impl Fleet {
 
 async fn device(conn: &mut PgConnection, tenant: TenantKey, id: &str) -> Principal {
     let key = enrol(conn, tenant, id).await;
-    let who = Who::Device { key, id: id.parse().unwrap() };
+    let who = Who::Device { key, id: id.parse().unwrap(), children: Children::default() };
     Principal { tenant, tenant_id: "main".parse().unwrap(), who, proof: Proof::default() }
 }
 

@@ -5,8 +5,12 @@ use std::time::Duration;
 use reqwest::{Method, StatusCode};
 use rumqttc::v5::mqttbytes::v5::{PubAckReason, SubscribeReasonCode};
 use serde_json::{Value, json};
+use tokio::net::TcpStream;
 use tokio::time::Instant;
 
+use crate::harness::client::Client;
+use crate::harness::packet::Connect;
+use crate::harness::raw::Version::V5;
 use crate::harness::{Device, Fleet, Mqtt, PATIENCE, muster};
 
 fn group(path: &str) -> Value {
@@ -230,4 +234,32 @@ async fn connections_out_of_scope_are_not_seen_traced_or_ended() {
     assert_eq!(sessions["items"], json!([]));
     let shown = format!("/api/v1/connections/{}/disconnect", listed["items"][0]["id"].as_str().expect("an id"));
     assert_eq!(ask(Method::POST, shown).await.0, StatusCode::NO_CONTENT);
+}
+
+#[tokio::test]
+async fn what_waits_for_a_scoped_session_is_in_scope_after_a_restart_too() {
+    let mut fleet = Fleet::start().await;
+    let (near, far) = (enrol(&fleet, "near", "site/a").await, enrol(&fleet, "far", "site/b").await);
+    let key = json!({ "name": "k", "role": "viewer", "scope": group("site/a") });
+    let secret = fleet.make("/api/v1/api-keys", key).await["secret"].as_str().expect("a secret").to_owned();
+    let hello = || Connect::new(V5, "board", Some(("k".to_owned(), secret.clone()))).kept();
+    let mut board = connect(&fleet, &hello()).await;
+    assert_eq!(board.subscribe("fleet/v1/main/+/telemetry", 1).await, 1);
+    board.disconnect().await;
+    fleet.kill().await;
+    fleet.start_again().await;
+    for device in [&far, &near] {
+        let mut from = fleet.connect(device).await;
+        say(&mut from, device, "while away").await;
+    }
+    let mut board = connect(&fleet, &hello()).await;
+    assert_eq!(board.message().await.topic, near.topic("telemetry"));
+    board.is_quiet("nothing else waited").await;
+}
+
+async fn connect(fleet: &Fleet, hello: &Connect) -> Client {
+    let socket = TcpStream::connect(fleet.mqtt_addr()).await.expect("the server listens");
+    let (client, connack) = Client::hello(Box::new(socket), hello).await;
+    assert_eq!(connack.code, 0, "{connack:?}");
+    client
 }

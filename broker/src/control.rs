@@ -220,7 +220,10 @@ impl Task {
         if wanted.is_empty() && directory.is_empty() {
             return Ok(());
         }
-        directory.load(db, &wanted).await
+        directory.load(db, &wanted).await?;
+        let held = i64::try_from(directory.count()).unwrap_or(i64::MAX);
+        self.shared.metrics.scoped_devices.set(held);
+        Ok(())
     }
 
     /// Looks at all principals again: of open connections first, then of sessions that outlive theirs.

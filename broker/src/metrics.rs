@@ -58,6 +58,8 @@ pub struct Meters {
     pub retained: IntGauge,
     /// Sessions that outlive their connections.
     pub sessions: IntGauge,
+    /// Devices that are held in memory because somebody may see some devices of their tenant only.
+    pub scoped_devices: IntGauge,
     /// Messages put into the queues of such sessions.
     pub queued_for_sessions: IntCounter,
     /// A bound was hit, by which.
@@ -281,6 +283,10 @@ impl Meters {
             denied: counters("muster_mqtt_denied_total", "Refused by the topic rules, by action", "action")?,
             subscriptions: IntGauge::new("muster_mqtt_subscriptions", "Subscriptions held")?,
             retained: IntGauge::new("muster_mqtt_retained_messages", "Retained messages held")?,
+            scoped_devices: IntGauge::new(
+                "muster_mqtt_scoped_devices",
+                "Devices held in memory for those who may see some devices of a tenant only",
+            )?,
             sessions: IntGauge::new("muster_mqtt_sessions", "Sessions that outlive their connections")?,
             queued_for_sessions: IntCounter::new(
                 "muster_mqtt_session_messages_total",
@@ -354,6 +360,7 @@ impl Meters {
         registry.register(Box::new(self.denied.clone()))?;
         registry.register(Box::new(self.subscriptions.clone()))?;
         registry.register(Box::new(self.retained.clone()))?;
+        registry.register(Box::new(self.scoped_devices.clone()))?;
         registry.register(Box::new(self.sessions.clone()))?;
         registry.register(Box::new(self.queued_for_sessions.clone()))?;
         registry.register(Box::new(self.limits.clone()))?;

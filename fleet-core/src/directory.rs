@@ -84,6 +84,11 @@ impl Directory {
         tenant.is_some_and(|tenant| tenant.devices.get(id.as_str()).is_none_or(|entry| entry.key != key))
     }
 
+    /// How many devices are held.
+    pub fn count(&self) -> usize {
+        self.tenants.read().values().map(|tenant| tenant.devices.len()).sum()
+    }
+
     /// Whether nothing is held.
     pub fn is_empty(&self) -> bool {
         self.tenants.read().is_empty()

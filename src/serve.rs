@@ -19,7 +19,7 @@ use fleet_core::database::Database;
 use fleet_core::retention;
 use fleet_core::token::Keys;
 use fleet_core::user::{self, FirstAdmin};
-use fleet_core::{login_failure, login_session};
+use fleet_core::{login_failure, login_session, password_reset};
 use prometheus::Registry;
 use sqlx::PgPool;
 use tokio::net::TcpListener;
@@ -309,6 +309,7 @@ async fn sweep(db: &PgPool, config: &Config, clock: &Clock) -> fleet_core::Resul
     retention::ensure_partitions(&mut db, clock.now()).await?;
     let swept = retention::sweep(&mut db, &config.retention, clock.now()).await?;
     let logins = login_session::sweep(&mut db, clock.now()).await?;
+    password_reset::sweep(&mut db, clock.now()).await?;
     let forgotten = login_failure::sweep(&mut db, &config.auth, clock.now()).await?;
     if forgotten > 0 {
         tracing::warn!(forgotten, "more failed logins than auth.max_login_failures were remembered");

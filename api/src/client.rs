@@ -35,6 +35,8 @@ pub(crate) struct Client {
     user_agent: Option<String>,
     /// Whether its cookie is for https alone.
     secure: bool,
+    /// What it calls this server.
+    server: String,
 }
 
 impl Client {
@@ -42,6 +44,11 @@ impl Client {
     pub(crate) fn origin(&self) -> Origin {
         let address = self.address.map(|address| address.to_string());
         Origin { address, user_agent: self.user_agent.clone() }
+    }
+
+    /// A path of this server as a link that can be handed out.
+    pub(crate) fn link(&self, path: &str) -> String {
+        format!("{}{path}", self.server)
     }
 
     /// Sets the cookie by which a browser keeps a refresh token, until the login ends.
@@ -84,15 +91,22 @@ impl FromRequestParts<App> for Client {
                 https || !peer.is_some_and(|peer| peer.is_loopback()) || !text(header::HOST).is_some_and(is_own_name)
             }
         };
-        Ok(Self { address, user_agent: text(header::USER_AGENT).map(str::to_owned), secure })
+        let https = peer.is_some_and(|peer| is_told_https(peer, &parts.headers, &app.http.trusted_proxies));
+        let said =
+            || format!("{}://{}", if https { "https" } else { "http" }, text(header::HOST).unwrap_or("localhost"));
+        let server = Some(&app.http.public_url).filter(|url| !url.is_empty()).cloned().unwrap_or_else(said);
+        Ok(Self { address, user_agent: text(header::USER_AGENT).map(str::to_owned), secure, server })
     }
 }
 
 /// Whether the request came to its proxy over https; known only of trusted ones.
 pub(crate) fn is_https(request: &Request, trusted: &[IpNet]) -> bool {
-    let said = request.headers().get(FORWARDED_PROTO);
-    let said = said.is_some_and(|proto| proto.as_bytes().eq_ignore_ascii_case(b"https"));
-    said && peer(request.extensions()).is_some_and(|peer| is_trusted(peer, trusted))
+    peer(request.extensions()).is_some_and(|peer| is_told_https(peer, request.headers(), trusted))
+}
+
+fn is_told_https(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> bool {
+    let said = headers.get(FORWARDED_PROTO).is_some_and(|proto| proto.as_bytes().eq_ignore_ascii_case(b"https"));
+    said && is_trusted(peer, trusted)
 }
 
 /// Who opened the connection.

@@ -52,7 +52,7 @@ impl Metrics {
             )?,
             sessions_ended: counters(
                 "muster_login_sessions_ended_total",
-                "Logins ended before their time, by why: by a logout, an administrator, one login too many, a refresh token used twice.",
+                "Logins ended before their time, by why: by a logout, an administrator, a new password, one login too many, a refresh token used twice.",
                 &["why"],
             )?,
             connections: IntGaugeVec::new(
@@ -68,7 +68,7 @@ impl Metrics {
         for by in ["account", "address"] {
             metrics.logins_locked.with_label_values(&[by]);
         }
-        for why in ["logout", "admin", "limit", "reuse"] {
+        for why in ["logout", "admin", "password", "limit", "reuse"] {
             metrics.sessions_ended.with_label_values(&[why]);
         }
         registry.register(Box::new(metrics.requests.clone()))?;

@@ -258,6 +258,7 @@ impl From<Error> for Problem {
             Error::BadGateway(_) => (422, "gateway-not-allowed"),
             Error::VersionMismatch { .. } => (412, "version-mismatch"),
             Error::BadLogin => (401, "bad-login"),
+            Error::BadResetToken => (401, "bad-reset-token"),
             Error::Locked { retry_after_s, .. } => {
                 return Self { retry_after_s: *retry_after_s, ..Self::new(429, "login-locked", error.to_string()) };
             }

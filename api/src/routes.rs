@@ -15,6 +15,7 @@ pub(crate) mod import;
 pub(crate) mod login_failures;
 pub(crate) mod login_sessions;
 pub(crate) mod operations;
+pub(crate) mod passwords;
 pub(crate) mod roles;
 pub(crate) mod sessions;
 pub(crate) mod telemetry;

@@ -42,3 +42,18 @@ create index login_failure_user_id_idx on login_failure (user_id) where user_id 
 alter table login_failure enable row level security;
 create policy tenant on login_failure
     using (exists (select from app_user u where u.id = user_id and u.tenant_key = (select current_tenant())));
+
+-- Null: a user who was invited, or who logs in by other means, and has no password.
+alter table app_user alter column password_hash drop not null;
+
+-- A way to a new password, once: a link that an administrator hands out. SHA-256 of 256 random bits.
+create table password_reset (
+    user_id    uuid        primary key constraint password_reset_user_id_fkey references app_user (id) on delete cascade,
+    token_hash bytea       not null constraint password_reset_token_hash_key unique,
+    created_at timestamptz not null,
+    expires_at timestamptz not null
+);
+
+alter table password_reset enable row level security;
+create policy tenant on password_reset
+    using (exists (select from app_user u where u.id = user_id and u.tenant_key = (select current_tenant())));

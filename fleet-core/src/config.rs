@@ -45,6 +45,7 @@ pub struct Http {
     pub request_timeout_ms: u64,
     pub broker_answer_ms: u64,
     pub trusted_proxies: Vec<IpNet>,
+    pub public_url: String,
     pub hsts_s: u64,
 }
 
@@ -207,6 +208,8 @@ pub struct Auth {
     pub refresh_grace_s: u64,
     pub cookie_secure: CookieSecure,
     pub login_concurrency: usize,
+    pub min_password_chars: usize,
+    pub password_reset_s: u64,
     pub login_free_tries: u32,
     pub login_address_free_tries: u32,
     pub login_first_wait_s: u64,
@@ -513,6 +516,7 @@ impl Config {
             (self.mqtt.receive_maximum > 0, "mqtt.receive_maximum: expected 1 to 65535"),
             (self.mqtt.max_keep_alive_s > 0, "mqtt.max_keep_alive_s: expected 1 to 65535"),
             (self.http.broker_answer_ms > 0, "http.broker_answer_ms: expected at least 1"),
+            (is_origin(&self.http.public_url), "http.public_url: expected \"\" or https://name, without a path"),
             (self.mqtt.outbox_messages > 0, "mqtt.outbox_messages: expected at least 1"),
             (self.database.max_connections > 0, "database.max_connections: expected at least 1"),
             (self.auth.access_token_s > 0, "auth.access_token_s: expected at least 1"),
@@ -535,6 +539,8 @@ impl Config {
                 "auth.login_forget_s: expected at least auth.login_longest_wait_s",
             ),
             (self.auth.max_login_failures > 0, "auth.max_login_failures: expected at least 1"),
+            ((8..=64).contains(&self.auth.min_password_chars), "auth.min_password_chars: expected 8 to 64"),
+            ((60..=2_592_000).contains(&self.auth.password_reset_s), "auth.password_reset_s: expected 60 to 2592000"),
             (self.auth.refresh_grace_s <= 60, "auth.refresh_grace_s: expected 0 to 60"),
             (self.auth.login_concurrency > 0, "auth.login_concurrency: expected at least 1"),
             (
@@ -565,6 +571,13 @@ impl Config {
             (path, ..) => Ok(PathBuf::from(path)),
         }
     }
+}
+
+/// Whether this is "" or what a browser calls an origin.
+fn is_origin(text: &str) -> bool {
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    let is_host = |host: &str| !host.is_empty() && !host.contains(|c: char| "/?#@\\".contains(c) || c.is_whitespace());
+    text.is_empty() || host.is_some_and(is_host)
 }
 
 fn one_line(text: &str) -> String {
@@ -614,6 +627,9 @@ mod tests {
             ("MUSTER__MQTT__PROXY_TRUSTED", "10.0.0.0/8,somewhere", "proxy_trusted"),
             ("MUSTER__TLS__CERTIFICATE", "/etc/muster/server.pem", "tls.key"),
             ("MUSTER__TLS__KEY", "", "tls.key"),
+            ("MUSTER__HTTP__PUBLIC_URL", "muster.example.com", "public_url"),
+            ("MUSTER__HTTP__PUBLIC_URL", "https://muster.example.com/", "public_url"),
+            ("MUSTER__AUTH__MIN_PASSWORD_CHARS", "4", "min_password_chars"),
             ("MUSTER__AUTH__COOKIE_SECURE", "sometimes", "cookie_secure"),
             ("MUSTER__AUTH__SESSION_IDLE_S", "60", "session_idle_s"),
         ] {

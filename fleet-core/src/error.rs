@@ -125,6 +125,9 @@ pub enum Error {
     /// E-mail or password is wrong, or the user is disabled; which of them is not said.
     #[error("e-mail or password is wrong")]
     BadLogin,
+    /// No link to a new password, or one that was used, replaced or has expired.
+    #[error("the link has been used or has expired: ask an administrator for a new one")]
+    BadResetToken,
     /// Too many failed logins of this account or from this address; the text does not say of which.
     #[error("too many failed logins: try again in {retry_after_s} s")]
     Locked {

@@ -18,6 +18,7 @@
 //! | payloads that could not be read | [`dead_letter`] |
 //! | people, their passwords and access tokens | [`user`], [`token`] |
 //! | logins and their refresh tokens | [`login_session`] |
+//! | what a password must be, and one-time links to a new one | [`password`], [`password_reset`] |
 //! | failed logins, and how long one waits | [`login_failure`] |
 //! | secrets of programs | [`api_key`] |
 //! | permissions, and who may do what | [`policy`] |
@@ -64,6 +65,8 @@ pub mod issuing;
 pub mod latest;
 pub mod login_failure;
 pub mod login_session;
+pub mod password;
+pub mod password_reset;
 pub mod policy;
 pub mod postgres;
 pub mod retained;

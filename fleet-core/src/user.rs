@@ -23,14 +23,12 @@ use crate::id::{RoleId, TenantId, TenantKey, UserId};
 use crate::policy::Manager;
 use crate::role::{self, Assignable};
 use crate::scope::Extent;
-use crate::{control, database, login_session, standing};
+use crate::{control, database, login_session, password, standing};
 
 /// Logins that may wait for one of the hashes being computed; one more is refused with [`Error::Busy`].
 pub const LOGIN_QUEUE: usize = 16;
 /// Longest e-mail address, in bytes (RFC 5321 §4.5.3.1.3).
 pub const MAX_EMAIL_BYTES: usize = 254;
-/// Longest password, in bytes.
-pub const MAX_PASSWORD_BYTES: usize = 1024;
 /// The first administrator's e-mail when none is given.
 pub const DEFAULT_ADMIN_EMAIL: &str = "admin@example.com";
 
@@ -38,8 +36,6 @@ pub const DEFAULT_ADMIN_EMAIL: &str = "admin@example.com";
 const NOBODY: &str =
     "$argon2id$v=19$m=19456,t=2,p=1$aW1cWuUeMkP/gtHhOTnXBw$MB+ASxVRAS/Zsd8Un6WZ92lozKzP2CD1Iq6RLiFTqaM";
 
-/// Shortest password of a user, in characters; the first administrator's is not looked at.
-pub const MIN_PASSWORD_CHARS: usize = 8;
 /// Most users on a page.
 pub const MAX_PAGE: usize = 1000;
 
@@ -88,8 +84,8 @@ impl User {
 pub struct NewUser {
     /// The address to log in with.
     pub email: String,
-    /// The PHC string of the password, of [`Logins::hash`].
-    pub password_hash: String,
+    /// The PHC string of the password, of [`Logins::hash`]; without one the user needs a link to set it first.
+    pub password_hash: Option<String>,
     /// The role, if any.
     pub role: Option<RoleId>,
     /// Whether the user stands above tenants; with the role `admin` only.
@@ -324,6 +320,20 @@ pub async fn delete(db: &mut PgConnection, by: Manager<'_>, id: UserId, expected
     Ok(old)
 }
 
+/// Gives a user another password, by its hash of [`Logins::hash`].
+pub async fn set_password(db: &mut PgConnection, id: UserId, password_hash: &str, now: DateTime<Utc>) -> Result<()> {
+    let set = sqlx::query!(
+        "update app_user set password_hash = $2, version = version + 1, updated_at = $3 where id = $1",
+        id.uuid(),
+        password_hash,
+        now
+    );
+    match set.execute(db).await?.rows_affected() {
+        0 => Err(Error::NoSuchUser(id)),
+        _ => Ok(()),
+    }
+}
+
 /// The user, if `by` may manage its access: who stands above is for those who do too, and who may do more for nobody.
 pub async fn manageable(db: &mut PgConnection, by: Manager<'_>, id: UserId) -> Result<User> {
     let user = find_in(db, by.tenant, id).await?;
@@ -419,9 +429,7 @@ impl Logins {
     /// connection, so that none is held while the hash is computed.
     pub async fn login(&self, db: &PgPool, email: &str, password: &Secret) -> Result<User> {
         let _inside = self.inside.try_acquire().map_err(|_| Error::Busy("logins"))?;
-        if password.expose().len() > MAX_PASSWORD_BYTES {
-            return Err(Error::Invalid(format!("password is too long: expected at most {MAX_PASSWORD_BYTES} bytes")));
-        }
+        password::check_length(password)?;
         let email = checked_email(email)?;
         let stored = sqlx::query!(
             "select id, password_hash from app_user where lower(email) = lower($1) and not disabled",
@@ -429,7 +437,8 @@ impl Logins {
         )
         .fetch_optional(db)
         .await?;
-        let (id, expected) = stored.map_or((None, NOBODY.to_owned()), |user| (Some(user.id), user.password_hash));
+        let stored = stored.and_then(|user| Some((user.id, user.password_hash?)));
+        let (id, expected) = stored.map_or((None, NOBODY.to_owned()), |(id, hash)| (Some(id), hash));
         let slot = self.hashing.clone().acquire_owned().await.map_err(|_| Error::Busy("logins"))?;
         let right = verify(password.clone(), expected, slot).await?;
         match id {
@@ -438,13 +447,9 @@ impl Logins {
         }
     }
 
-    /// The PHC string of a password that somebody chose, computed within the same bounds as a login.
+    /// The PHC string of a password that has passed [`password::check`], computed within the same bounds as a login.
     pub async fn hash(&self, password: &Secret) -> Result<String> {
         let _inside = self.inside.try_acquire().map_err(|_| Error::Busy("logins"))?;
-        if password.expose().chars().count() < MIN_PASSWORD_CHARS {
-            let least = format!("password is too short: expected at least {MIN_PASSWORD_CHARS} characters");
-            return Err(Error::Invalid(least));
-        }
         let _slot = self.hashing.acquire().await.map_err(|_| Error::Busy("logins"))?;
         hash(password.clone()).await
     }
@@ -462,9 +467,7 @@ pub(crate) fn checked_email(email: &str) -> Result<&str> {
 
 /// The PHC string of a password, computed off the async threads.
 pub async fn hash(password: Secret) -> Result<String> {
-    if password.expose().len() > MAX_PASSWORD_BYTES {
-        return Err(Error::Invalid(format!("password is too long: expected at most {MAX_PASSWORD_BYTES} bytes")));
-    }
+    password::check_length(&password)?;
     let work = move || Argon2::default().hash_password(password.expose().as_bytes()).map(|hash| hash.to_string());
     blocking(work).await?.map_err(|e| Error::Internal(format!("hashing a password: {e}")))
 }
@@ -522,6 +525,7 @@ mod tests {
         assert_eq!(admin.email, DEFAULT_ADMIN_EMAIL);
         Logins::new(1).login(db.pool(), DEFAULT_ADMIN_EMAIL, &given).await.unwrap();
         let stored = sqlx::query_scalar!("select password_hash from app_user").fetch_one(db.pool()).await.unwrap();
+        let stored = stored.unwrap();
         assert!(stored.starts_with("$argon2id$v=19$m=19456,t=2,p=1$"), "{stored}");
     }
 
@@ -604,7 +608,7 @@ mod tests {
             let answer = logins.login(db.pool(), email, &fine).await;
             assert!(matches!(answer, Err(Error::Invalid(_))), "{email:?}: {answer:?}");
         }
-        let long = Secret::from("x".repeat(MAX_PASSWORD_BYTES + 1));
+        let long = Secret::from("x".repeat(password::MAX_BYTES + 1));
         assert!(matches!(logins.login(db.pool(), "a@b", &long).await, Err(Error::Invalid(_))));
     }
 }

@@ -89,7 +89,7 @@ pub(crate) async fn login(
 }
 
 /// Counts a try, in all processes; who has to wait is refused before anything is done.
-async fn attempt(app: &App, client: &Client, email: &str) -> Result<Attempt, Problem> {
+pub(crate) async fn attempt(app: &App, client: &Client, email: &str) -> Result<Attempt, Problem> {
     let mut tx = app.begin().await?;
     let attempt = login_failure::attempt(&mut tx, email, client.address, &app.auth, app.clock.now()).await;
     let attempt = attempt.inspect_err(|error| {
@@ -102,7 +102,7 @@ async fn attempt(app: &App, client: &Client, email: &str) -> Result<Attempt, Pro
 }
 
 /// What a try that failed is answered; one whose password was not looked at is taken back.
-async fn failed(app: &App, attempt: Attempt, error: Error) -> Result<Problem, Problem> {
+pub(crate) async fn failed(app: &App, attempt: Attempt, error: Error) -> Result<Problem, Problem> {
     if matches!(error, Error::BadLogin) {
         app.metrics.logins_failed.with_label_values(&["password"]).inc();
         return Ok(error.into());

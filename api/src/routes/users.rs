@@ -4,7 +4,6 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use chrono::{DateTime, Utc};
-use fleet_core::Error;
 use fleet_core::audit::Entry;
 use fleet_core::config::Secret;
 use fleet_core::id::{RoleId, UserId};
@@ -16,6 +15,7 @@ use crate::extract::{AccessManage, Can, Conditions, Json, MergePatch, Once, Path
 use crate::page::{Cursor, Page, Paging, PagingQuery};
 use crate::problem::{Document, Problem};
 use crate::resource::{Resource, current, made, unless_known};
+use crate::routes::passwords::hashed;
 use crate::state::App;
 use crate::time;
 
@@ -66,9 +66,9 @@ pub(crate) struct NewUserBody {
     /// The address to log in with; it names one user of the whole server.
     #[schema(example = "ada@example.com", max_length = 254)]
     email: String,
-    /// The password.
-    #[schema(value_type = String, format = Password, min_length = 8, max_length = 1024)]
-    password: Secret,
+    /// The password; left out: the user cannot log in until a link (`POST /users/{id}/password-reset`) was used.
+    #[schema(value_type = Option<String>, format = Password, max_length = 1024)]
+    password: Option<Secret>,
     /// `admin`, or the name of a role that was made; left out: may log in and do nothing else.
     #[schema(value_type = Option<String>, example = "admin")]
     role: Option<RoleId>,
@@ -78,16 +78,6 @@ pub(crate) struct NewUserBody {
     /// Whether the user may not log in yet.
     #[serde(default)]
     disabled: bool,
-}
-
-/// The hash of a password that somebody chose; what was too much at once is counted.
-async fn hashed(app: &App, password: &Secret) -> Result<String, Problem> {
-    let hash = app.logins.hash(password).await.inspect_err(|error| {
-        if matches!(error, Error::Busy(_)) {
-            app.metrics.logins_busy.inc();
-        }
-    });
-    hash.map_err(Problem::from)
 }
 
 /// Make a user
@@ -115,7 +105,10 @@ pub(crate) async fn create(
     Json(request): Json<NewUserBody>,
 ) -> Result<Response, Problem> {
     // Before the transaction, so that no connection is held meanwhile.
-    let password_hash = hashed(&app, &request.password).await?;
+    let password_hash = match &request.password {
+        Some(password) => Some(hashed(&app, password, &request.email).await?),
+        None => None,
+    };
     let mut tx = caller.change(&app).await?;
     let taken = match once.begin(&mut tx, &caller, &request, &app).await? {
         Ok(taken) => taken,
@@ -187,7 +180,7 @@ pub(crate) struct ChangeUser {
     email: Option<String>,
     /// A new password.
     #[serde(default, deserialize_with = "not_null")]
-    #[schema(value_type = String, format = Password, min_length = 8, max_length = 1024)]
+    #[schema(value_type = String, format = Password, max_length = 1024)]
     password: Option<Secret>,
     /// `admin`, or the name of a role that was made; null takes the role.
     #[serde(default, deserialize_with = "given")]
@@ -233,7 +226,10 @@ pub(crate) async fn change(
 ) -> Result<Response, Problem> {
     let ChangeUser { email, password, role, platform, disabled } = change;
     let password_hash = match &password {
-        Some(password) => Some(hashed(&app, password).await?),
+        Some(password) => {
+            let user = user::find_in(&mut *caller.read(&app).await?, caller.tenant, id).await?;
+            Some(hashed(&app, password, email.as_deref().unwrap_or(&user.email)).await?)
+        }
         None => None,
     };
     let patch = Patch { email, password_hash, role, platform, disabled };

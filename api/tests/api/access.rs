@@ -7,9 +7,10 @@ use serde_json::{Value, json};
 use crate::harness::{Api, NOON_MS};
 
 /// Open to everybody.
-const PUBLIC: [&str; 6] = [
+const PUBLIC: [&str; 7] = [
     "POST /api/v1/auth/login",
     "GET /api/v1/authorities/boiler-1/crl",
+    "POST /api/v1/auth/password-reset",
     "GET /api/v1/openapi.json",
     "GET /healthz",
     "GET /readyz",
@@ -18,7 +19,8 @@ const PUBLIC: [&str; 6] = [
 /// Opened by a refresh token.
 const REFRESHING: &str = "POST /api/v1/auth/refresh";
 /// Open to every user, whatever the role.
-const SIGNED_IN: [&str; 5] = [
+const SIGNED_IN: [&str; 6] = [
+    "POST /api/v1/auth/password",
     "GET /api/v1/me",
     "POST /api/v1/auth/logout",
     "POST /api/v1/auth/logout-all",

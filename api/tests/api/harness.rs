@@ -137,7 +137,7 @@ impl Api {
         let id = UserId::new();
         sqlx::query(
             "insert into app_user (id, tenant_key, email, password_hash, created_at, role, role_key)
-             values ($1, $2, $3, '', now(), case when $4 = any($5) then $4 end, (select key from role where id = $4))",
+             values ($1, $2, $3, null, now(), case when $4 = any($5) then $4 end, (select key from role where id = $4))",
         )
         .bind(id.uuid())
         .bind(self.db.tenant().0)

@@ -17,6 +17,7 @@ mod import;
 mod login;
 mod login_sessions;
 mod matrix;
+mod passwords;
 mod questions;
 mod roles;
 mod sessions;

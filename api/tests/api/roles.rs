@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Api, Setup};
+use crate::harness::{Api, PASSWORD, Setup};
 
 fn allow(filter: &str) -> Value {
     json!({ "effect": "allow", "action": "all", "filter": filter })
@@ -184,7 +184,7 @@ async fn bounds_of_access_are_told() {
     let mut two = rules("app/{tenant}/x");
     two["id"] = json!("a");
     api.post("/api/v1/roles", two).await.problem(409, "too-many");
-    let mut user = json!({ "email": "ada@example.com", "password": "long enough" });
+    let mut user = json!({ "email": "ada@example.com", "password": PASSWORD });
     for (path, mut body, name) in [
         ("/api/v1/roles", json!({ "id": "a" }), "id"),
         ("/api/v1/api-keys", json!({ "name": "a", "role": "admin" }), "name"),

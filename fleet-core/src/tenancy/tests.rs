@@ -30,6 +30,8 @@ const ROWS: &str = "
            from app_user where tenant_key = $t;
     insert into login_failure (kind, subject, user_id, failures, tried_at, blocked_until)
          select 'account', convert_to('$n', 'UTF8'), id, 1, now(), now() from app_user where tenant_key = $t;
+    insert into password_reset (user_id, token_hash, created_at, expires_at)
+         select id, convert_to('$n', 'UTF8'), now(), now() from app_user where tenant_key = $t;
     insert into device (tenant_key, id, created_at, updated_at) values ($t, 'boiler-1', now(), now());
     insert into credential (id, device_key, secret_hash, created_at)
          select gen_random_uuid(), key, '', now() from device where tenant_key = $t;

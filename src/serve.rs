@@ -15,12 +15,13 @@ use clap::ValueEnum;
 use fleet_core::authority::Pki;
 use fleet_core::clock::Clock;
 use fleet_core::config::Config;
+use fleet_core::credential::{self, Expiring};
 use fleet_core::database::Database;
 use fleet_core::retention;
 use fleet_core::token::Keys;
 use fleet_core::user::{self, FirstAdmin};
 use fleet_core::{login_failure, login_session, password_reset};
-use prometheus::Registry;
+use prometheus::{IntGaugeVec, Opts, Registry};
 use sqlx::PgPool;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -150,7 +151,11 @@ impl Server {
             }
             None => None,
         };
-        let worker = plays(Role::Worker).then(|| Worker::start(database.pool().clone(), config, clock));
+        let worker = if plays(Role::Worker) {
+            Some(Worker::start(database.pool().clone(), config, clock, &registry)?)
+        } else {
+            None
+        };
         Ok(Self { first_admin, broker, http, worker, database })
     }
 
@@ -277,7 +282,11 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(db: PgPool, config: Config, clock: Clock) -> Self {
+    fn start(db: PgPool, config: Config, clock: Clock, registry: &Registry) -> prometheus::Result<Self> {
+        let expiring =
+            Opts::new("muster_certificates_expiring", "Devices whose last valid certificate ends within that time");
+        let expiring = IntGaugeVec::new(expiring, &["within"])?;
+        registry.register(Box::new(expiring.clone()))?;
         let stop = CancellationToken::new();
         let stopping = stop.clone();
         let sweeping = tokio::spawn(async move {
@@ -287,12 +296,12 @@ impl Worker {
                     () = stopping.cancelled() => return,
                     _ = every.tick() => {}
                 }
-                if let Err(error) = sweep(&db, &config, &clock).await {
+                if let Err(error) = sweep(&db, &config, &clock, &expiring).await {
                     tracing::warn!(%error, "housekeeping failed; it is tried again in ten minutes");
                 }
             }
         });
-        Self { stop, sweeping }
+        Ok(Self { stop, sweeping })
     }
 
     async fn stop(mut self) {
@@ -304,7 +313,7 @@ impl Worker {
     }
 }
 
-async fn sweep(db: &PgPool, config: &Config, clock: &Clock) -> fleet_core::Result<()> {
+async fn sweep(db: &PgPool, config: &Config, clock: &Clock, expiring: &IntGaugeVec) -> fleet_core::Result<()> {
     let mut db = db.acquire().await?;
     retention::ensure_partitions(&mut db, clock.now()).await?;
     let swept = retention::sweep(&mut db, &config.retention, clock.now()).await?;
@@ -313,6 +322,10 @@ async fn sweep(db: &PgPool, config: &Config, clock: &Clock) -> fleet_core::Resul
     let forgotten = login_failure::sweep(&mut db, &config.auth, clock.now()).await?;
     if forgotten > 0 {
         tracing::warn!(forgotten, "more failed logins than auth.max_login_failures were remembered");
+    }
+    let Expiring { day, week, month } = credential::expiring(&mut db, clock.now()).await?;
+    for (within, devices) in [("1d", day), ("7d", week), ("30d", month)] {
+        expiring.with_label_values(&[within]).set(devices);
     }
     tracing::debug!(?swept, logins, "housekeeping done");
     Ok(())

@@ -206,6 +206,8 @@ pub(crate) enum Route {
     Telemetry(Arc<Sender>),
     /// The state of this device: stored before it is acknowledged.
     Status(Arc<Sender>),
+    /// A signing request of this device: answered, and acknowledged after the certificate is stored.
+    Renewal(Arc<Sender>),
     /// Handed to whoever subscribes.
     Live,
 }
@@ -260,13 +262,22 @@ impl Rights {
         if child.is_none() && !self.rules.may_publish(topic) {
             return Err("publishing on this topic is not allowed");
         }
-        let stored: fn(Arc<Sender>) -> Route = match DeviceTopic::parse(topic).map(|topic| topic.channel) {
-            Some(Channel::Telemetry) => Route::Telemetry,
-            Some(Channel::Status) => Route::Status,
+        let Some(DeviceTopic { channel, .. }) = DeviceTopic::parse(topic) else { return Ok(Route::Live) };
+        let stored: fn(Arc<Sender>) -> Route = match channel {
+            Channel::Telemetry => Route::Telemetry,
+            Channel::Status => Route::Status,
+            Channel::CertificateRenewal => Route::Renewal,
+            Channel::Other(rest) if rest.starts_with("certificates/") => {
+                return Err("what is said about certificates is the server's own");
+            }
             _ => return Ok(Route::Live),
         };
+        // Its certificate is a device's own affair, even where another speaks for it.
+        if child.is_some() && channel == Channel::CertificateRenewal {
+            return Err("a device asks for its own certificate only");
+        }
         let sender = child.map(Arc::new).or_else(|| self.sender.clone());
-        sender.map(stored).ok_or("only the device itself may publish its telemetry and status")
+        sender.map(stored).ok_or("only the device itself may publish on this topic")
     }
 
     /// The child that a topic or a filter is about.

@@ -7,6 +7,7 @@ use std::num::{NonZeroU16, NonZeroU32};
 use std::time::Duration;
 
 use bytestring::ByteString;
+use chrono::{DateTime, Utc};
 use fleet_core::connection_event::{Event as ConnectionEvent, Kind};
 use fleet_core::policy::{Principal, Who};
 use serde_json::json;
@@ -15,7 +16,7 @@ use tokio::time::{timeout, timeout_at};
 use uuid::Uuid;
 
 use crate::Shared;
-use crate::access::{Refusal, Rights};
+use crate::access::{Refusal, Rights, Route};
 use crate::flapping::Verdict;
 use crate::listener::Arrival;
 use crate::metrics::Limit;
@@ -31,6 +32,8 @@ const MAX_CLIENT_ID_BYTES: usize = 256;
 pub(crate) const REFUSE_WITHIN: Duration = Duration::from_secs(1);
 /// User property of a refusal: when to come again, in milliseconds.
 const RETRY_AFTER: &str = "retry-after-ms";
+/// User property of CONNACK: the client's certificate has expired, see [`renew_only`].
+const RENEW_ONLY: &str = "renew-only-until-ms";
 /// How long telling somebody to go may take.
 pub(crate) const FAREWELL_WITHIN: Duration = Duration::from_secs(1);
 
@@ -59,7 +62,7 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
     socket: S,
     arrival: &mut Arrival,
 ) -> Option<Admitted<S>> {
-    let (mut stream, decoder, connect) = read_connect(shared, socket, arrival).await?;
+    let (mut stream, decoder, mut connect) = read_connect(shared, socket, arrival).await?;
     let encoder = Encoder::for_client(&connect);
     let epoch = shared.control.epoch();
     let admitted = admit(shared, &connect, arrival).await.and_then(|(principal, rights)| {
@@ -72,6 +75,9 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
         Ok((principal, rights, client_id, session)) => {
             let keep_alive_s = keep_alive_s(&connect, shared.settings.max_keep_alive_s);
             let answer = welcome(shared, &connect, &principal, &client_id, keep_alive_s);
+            if principal.proof.renew_only {
+                confine(&mut connect);
+            }
             Some(Admitted {
                 stream,
                 decoder,
@@ -203,11 +209,25 @@ async fn admit(shared: &Shared, connect: &Connect, arrival: &mut Arrival) -> Res
     let principal = authenticated?;
     shared.access.acquaint(&principal).await?;
     let mut rights = Rights::new(&principal, &shared.directory);
-    if let Some(Err(text)) = connect.will.as_ref().map(|will| rights.publish(&will.topic)) {
+    let will = connect.will.as_ref().filter(|_| !principal.proof.renew_only);
+    let refused = match will.map(|will| rights.publish(&will.topic)) {
+        Some(Ok(Route::Renewal(_))) => Some("a will cannot ask for a certificate"),
+        Some(Err(text)) => Some(text),
+        Some(Ok(_)) | None => None,
+    };
+    if let Some(text) = refused {
         shared.metrics.denied.with_label_values(&["connect"]).inc();
         return Err((Reason::NotAuthorized, text).into());
     }
     Ok((principal, rights))
+}
+
+/// A device whose certificate has expired comes to renew it, as it comes every day: with the will and to the session it is used to. Neither
+/// is within its rights now. Its will is left out, and its session stays as it is beside one that ends with the connection.
+fn confine(connect: &mut Connect) {
+    connect.will = None;
+    connect.clean_start = true;
+    connect.session_expiry_s = 0;
 }
 
 /// Whether a client that is known comes too often, or where another one is.
@@ -244,6 +264,10 @@ fn client_id(connect: &Connect, principal: &Principal) -> ByteString {
 
 fn session_key(principal: &Principal, client_id: &str) -> SessionName {
     match &principal.who {
+        // No name of a tenant has a colon.
+        Who::Device { id, .. } if principal.proof.renew_only => {
+            format!("renew:{}/{id}/{client_id}", principal.tenant_id)
+        }
         Who::Device { id, .. } => format!("{}/{id}/{client_id}", principal.tenant_id),
         Who::User { key: Some(key), .. } => format!("{}//{key}/{client_id}", principal.tenant_id),
         Who::User { id, .. } => format!("{}//{id}/{client_id}", principal.tenant_id),
@@ -268,7 +292,10 @@ fn welcome(
     client_id: &ByteString,
     keep_alive_s: Option<u16>,
 ) -> ConnAck {
+    let late_until = principal.proof.valid_until.filter(|_| principal.proof.renew_only);
     ConnAck {
+        session_expiry_s: late_until.is_some().then_some(0),
+        user_properties: late_until.map(renew_only).into_iter().collect(),
         assigned_client_id: connect.client_id.is_empty().then(|| client_id.clone()),
         server_keep_alive_s: keep_alive_s.filter(|seconds| *seconds != connect.keep_alive_s),
         receive_maximum: NonZeroU16::new(shared.settings.receive_maximum).unwrap_or(NonZeroU16::MAX),
@@ -277,6 +304,11 @@ fn welcome(
         response_information: connect.request_response_information.then(|| response_information(principal)),
         ..ConnAck::default()
     }
+}
+
+/// Tells a client that it may renew its certificate and do nothing else, and until when, in milliseconds since the epoch.
+fn renew_only(until: DateTime<Utc>) -> (ByteString, ByteString) {
+    (ByteString::from_static(RENEW_ONLY), until.timestamp_millis().to_string().into())
 }
 
 /// Where the client may have answers sent to (MQTT 5 §3.2.2.3.15): a prefix of topics that it may subscribe to.

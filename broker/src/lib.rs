@@ -12,6 +12,7 @@
 //! | the subscription tree, and retained messages | `router.rs`, `retained.rs` |
 //! | who may connect, and on which topics | `access.rs`, many at once by `batch.rs` |
 //! | queue → writer → database → acknowledgement | `ingest.rs` |
+//! | a device's signing request → its certificate → the answer | `renewal.rs` |
 //! | who is connected, and what they are told from outside | `presence.rs` |
 //! | changed rights, questions of operators | `control.rs` |
 //! | what one client sends and is sent, as text | `trace.rs` |
@@ -43,6 +44,7 @@ mod proxy;
 mod queue;
 mod rate;
 mod recent;
+mod renewal;
 mod restore;
 mod retained;
 mod router;
@@ -86,6 +88,7 @@ use identity::Certificates;
 use ingest::Ingest;
 use listener::Entrance;
 use presence::Presences;
+use renewal::{Renewals, Renewing};
 use retained::Retained;
 use router::Router;
 use rows::Now;
@@ -160,6 +163,7 @@ struct Shared {
     sessions: Arc<Sessions>,
     store: Store,
     ingest: Ingest,
+    renewals: Renewals,
     metrics: Metrics,
     events: Events,
     presences: Presences,
@@ -181,6 +185,7 @@ pub struct Broker {
     /// What the broker tells of itself, unless that is off.
     telling: Option<JoinHandle<()>>,
     writers: ingest::Writers,
+    renewing: Renewing,
     storing: store::Storing,
     events: events::Writing,
 }
@@ -223,6 +228,8 @@ impl Broker {
             events: events.clone(),
         });
         let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &store, &metrics);
+        let (renewals, renewing) =
+            renewal::start(parts.pki.clone(), parts.db.clone(), parts.clock.clone(), store.clone(), metrics.clone());
         let certificates = Certificates::new(parts.db.clone(), parts.clock.clone(), tls.clone(), parts.pki.settings());
         let shared = Arc::new(Shared {
             access: Access::new(
@@ -241,6 +248,7 @@ impl Broker {
             session_limits: parts.sessions,
             router,
             ingest,
+            renewals,
             traces: Traces::new(parts.mqtt.max_traces, parts.clock.clone(), metrics.clone()),
             settings: parts.mqtt,
             clock: parts.clock,
@@ -274,6 +282,7 @@ impl Broker {
             controlling,
             telling,
             writers,
+            renewing,
             storing,
             events: writing,
         })
@@ -322,6 +331,7 @@ impl Broker {
         }
         drop(self.shared);
         self.writers.stop(STOP_WITHIN).await;
+        self.renewing.stop(STOP_WITHIN).await;
         self.storing.stop(STOP_WITHIN).await;
         self.events.stop().await;
     }

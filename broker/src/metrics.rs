@@ -3,6 +3,7 @@
 use std::ops::Deref;
 use std::sync::Arc;
 
+use fleet_core::issuing::Code;
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 use crate::wire::Reason;
@@ -74,6 +75,8 @@ pub struct Meters {
     pub duplicates: IntCounter,
     /// Payloads put aside because they could not be read.
     pub dead_letters: IntCounter,
+    /// Certificates that devices asked for, by what became of that.
+    pub renewals: IntCounterVec,
     /// Messages a batch.
     pub batch_size: Histogram,
     /// From the first message of a batch to its COMMIT, in seconds.
@@ -163,10 +166,12 @@ pub(crate) enum Limit {
     Traces,
     /// Connection events that found no room on their way to the database: forgotten
     Events,
+    /// `certificates.renewal_queue`: the socket was not read for a while
+    RenewalQueue,
 }
 
 impl Limit {
-    const ALL: [Self; 29] = [
+    const ALL: [Self; 30] = [
         Self::Connections,
         Self::PacketBytes,
         Self::ReceiveMaximum,
@@ -196,6 +201,7 @@ impl Limit {
         Self::ClientPacketBytes,
         Self::Events,
         Self::Traces,
+        Self::RenewalQueue,
     ];
 
     pub(crate) fn label(self) -> &'static str {
@@ -229,6 +235,7 @@ impl Limit {
             Self::ClientPacketBytes => "client_packet_bytes",
             Self::Events => "events",
             Self::Traces => "traces",
+            Self::RenewalQueue => "renewal_queue",
         }
     }
 }
@@ -298,6 +305,11 @@ impl Meters {
             stored: IntCounter::new("muster_ingest_readings_stored_total", "Readings stored for the first time")?,
             duplicates: IntCounter::new("muster_ingest_readings_duplicate_total", "Readings that were stored already")?,
             dead_letters: IntCounter::new("muster_ingest_dead_letters_total", "Payloads that could not be read")?,
+            renewals: counters(
+                "muster_certificate_renewals_total",
+                "Certificates that devices asked for, by outcome",
+                "outcome",
+            )?,
             batch_size: histogram("muster_ingest_batch_messages", "Messages a batch", &BATCH_BUCKETS)?,
             commit_seconds: histogram(
                 "muster_ingest_commit_seconds",
@@ -369,6 +381,7 @@ impl Meters {
         registry.register(Box::new(self.stored.clone()))?;
         registry.register(Box::new(self.duplicates.clone()))?;
         registry.register(Box::new(self.dead_letters.clone()))?;
+        registry.register(Box::new(self.renewals.clone()))?;
         registry.register(Box::new(self.batch_size.clone()))?;
         registry.register(Box::new(self.commit_seconds.clone()))?;
         registry.register(Box::new(self.retries.clone()))?;
@@ -397,6 +410,9 @@ impl Meters {
         }
         for outcome in ["taken", "refused"] {
             self.tls_reloads.with_label_values(&[outcome]);
+        }
+        for outcome in ["issued", "repeated"].into_iter().chain(Code::ALL.map(Code::name)) {
+            self.renewals.with_label_values(&[outcome]);
         }
         for action in ["connect", "publish", "subscribe", "receive"] {
             self.denied.with_label_values(&[action]);

@@ -45,7 +45,8 @@ impl Will {
                 Ok(Route::Telemetry(sender)) => (sender, What::Telemetry),
                 Ok(Route::Status(sender)) => (sender, What::Status),
                 Ok(Route::Live) => return shared.store.publish(Incoming::plain(publish)).await,
-                Err(_) => return,
+                // A request for a certificate is no last word; it was refused with the CONNECT.
+                Ok(Route::Renewal(_)) | Err(_) => return,
             };
         let item = Item::new(sender, shared.clock.now_ms(), what(Incoming::plain(publish)));
         shared.ingest.wait(item).await;

@@ -56,7 +56,6 @@ update credential
    set renew_after = created_at + (not_after - created_at) * 2 / 3
  where not_after is not null;
 create index credential_authority_id_idx on credential (authority_id, serial) where authority_id is not null;
-create index credential_not_after_idx on credential (not_after) where not_after is not null;
 
 -- The second line between tenants (ADR 8). Whoever may issue certificates for some devices needs an authority for it, but only
 -- whoever reaches all of them may change one.

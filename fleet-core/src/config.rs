@@ -250,6 +250,7 @@ pub struct Certificates {
     pub renewal_overlap_s: u64,
     pub renewal_grace_s: u64,
     pub max_renewals: u16,
+    pub renewal_queue: usize,
     pub crl_lifetime_s: u64,
     pub crl_base_url: String,
     pub max_crl_entries: usize,
@@ -257,7 +258,7 @@ pub struct Certificates {
 
 impl Certificates {
     /// Rules that types do not carry.
-    fn rules(&self) -> [(bool, &'static str); 6] {
+    fn rules(&self) -> [(bool, &'static str); 7] {
         let century = 1..=3_155_760_000;
         [
             (!self.key_file.is_empty(), "certificates.key_file: expected \"auto\" or a file"),
@@ -274,6 +275,7 @@ impl Certificates {
                 (1..=31_622_400).contains(&self.renewal_overlap_s) && self.renewal_grace_s <= 31_622_400,
                 "certificates.renewal_overlap_s and renewal_grace_s: expected 1 and 0 to 31622400",
             ),
+            (self.renewal_queue > 0, "certificates.renewal_queue: expected at least 1"),
             ((60..=31_622_400).contains(&self.crl_lifetime_s), "certificates.crl_lifetime_s: expected 60 to 31622400"),
         ]
     }

@@ -451,6 +451,35 @@ pub async fn list(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Re
     Ok(credentials)
 }
 
+/// Devices whose last valid certificate ends soon, in all tenants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Expiring {
+    /// Within a day.
+    pub day: i64,
+    /// Within seven days.
+    pub week: i64,
+    /// Within thirty days.
+    pub month: i64,
+}
+
+/// Counts devices whose last valid certificate ends soon.
+pub async fn expiring(db: &mut PgConnection, now: DateTime<Utc>) -> Result<Expiring> {
+    let counted = sqlx::query_as!(
+        Expiring,
+        r#"
+        select count(*) filter (where expires_at <= $1 + interval '1 day') as "day!",
+               count(*) filter (where expires_at <= $1 + interval '7 days') as "week!",
+               count(*) filter (where expires_at <= $1 + interval '30 days') as "month!"
+          from (select max(expires_at) as expires_at
+                  from credential
+                 where fingerprint is not null and revoked_at is null and expires_at > $1
+                 group by device_key) as last
+        "#,
+        now
+    );
+    Ok(counted.fetch_one(db).await?)
+}
+
 /// A device whose row is locked, so that its credentials stand still.
 pub(crate) struct Locked {
     pub(crate) key: DeviceKey,
@@ -836,5 +865,28 @@ mod tests {
         for known in [mine.fingerprint.as_bytes(), mine.fingerprint.to_string().as_bytes()] {
             assert_eq!(verify(&mut conn, "main/boiler-1", known, from_ms(NOON)).await.unwrap(), None);
         }
+    }
+
+    #[tokio::test]
+    async fn a_device_counts_as_expiring_by_its_last_certificate() {
+        let db = TestDb::new().await;
+        enrolled(&db).await;
+        let now = from_ms(NOON);
+        let mut conn = db.pool().acquire().await.unwrap();
+        let ends_in = |days| Certificate { not_after: now + TimeDelta::days(days), ..certificate("x") };
+        let counted = async |conn: &mut PgConnection, at| {
+            let Expiring { day, week, month } = expiring(conn, at).await.unwrap();
+            (day, week, month)
+        };
+        assert_eq!(counted(&mut conn, now).await, (0, 0, 0), "a token does not expire");
+        register(&mut conn, db.tenant(), &boiler(), &ends_in(5), now).await.unwrap();
+        assert_eq!(counted(&mut conn, now).await, (0, 1, 1));
+        assert_eq!(counted(&mut conn, now + TimeDelta::days(4)).await, (1, 1, 1));
+        assert_eq!(counted(&mut conn, now + TimeDelta::days(5)).await, (0, 0, 0), "it has ended");
+        let later = register(&mut conn, db.tenant(), &boiler(), &ends_in(60), now).await.unwrap();
+        assert_eq!(counted(&mut conn, now).await, (0, 0, 0), "there is a newer one");
+        assert_eq!(counted(&mut conn, now + TimeDelta::days(30)).await, (0, 0, 1));
+        revoke(&mut conn, db.tenant(), &boiler(), later.id, Reason::default(), now).await.unwrap();
+        assert_eq!(counted(&mut conn, now).await, (0, 1, 1));
     }
 }

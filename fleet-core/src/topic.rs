@@ -41,6 +41,8 @@ pub enum Channel<'a> {
     Logs,
     /// `events`: named events with severity.
     Events,
+    /// `certificates/renew`: a signing request.
+    CertificateRenewal,
     /// Anything else below the device, as it stands.
     Other(&'a str),
 }
@@ -52,6 +54,7 @@ impl<'a> Channel<'a> {
             "telemetry" => Self::Telemetry,
             "logs" => Self::Logs,
             "events" => Self::Events,
+            "certificates/renew" => Self::CertificateRenewal,
             other => Self::Other(other),
         }
     }
@@ -63,6 +66,7 @@ impl<'a> Channel<'a> {
             Self::Telemetry => "telemetry",
             Self::Logs => "logs",
             Self::Events => "events",
+            Self::CertificateRenewal => "certificates/renew",
             Self::Other(rest) => rest,
         }
     }
@@ -183,6 +187,8 @@ mod tests {
         assert_eq!(channel("fleet/v1/t/d/telemetry"), Some(Channel::Telemetry));
         assert_eq!(channel("fleet/v1/t/d/logs"), Some(Channel::Logs));
         assert_eq!(channel("fleet/v1/t/d/events"), Some(Channel::Events));
+        assert_eq!(channel("fleet/v1/t/d/certificates/renew"), Some(Channel::CertificateRenewal));
+        assert_eq!(channel("fleet/v1/t/d/certificates/renew/x"), Some(Channel::Other("certificates/renew/x")));
         assert_eq!(channel("fleet/v1/t/d/telemetry/x"), Some(Channel::Other("telemetry/x")));
         for not_a_device in
             ["fleet/v1/t/d", "fleet/v1/t/d/", "fleet/v1/t//status", "fleet/v2/t/d/status", "fleet/v1/t/_d/x"]

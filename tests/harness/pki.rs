@@ -54,6 +54,25 @@ impl Identity {
     }
 }
 
+/// A key for which a certificate is asked.
+pub(crate) struct Key(KeyPair);
+
+impl Key {
+    pub(crate) fn new() -> Self {
+        Self(KeyPair::generate().expect("a key"))
+    }
+
+    /// A signing request in PEM, that names whoever.
+    pub(crate) fn csr(&self) -> String {
+        named("whoever").serialize_request(&self.0).expect("a request").pem().expect("PEM")
+    }
+
+    /// It with its certificate.
+    pub(crate) fn with(&self, certificate: &str) -> Identity {
+        Identity { certificate: certificate.to_owned(), key: self.0.serialize_pem(), serial: 0 }
+    }
+}
+
 /// A certificate authority.
 pub(crate) struct Authority {
     params: CertificateParams,
@@ -99,6 +118,14 @@ impl Authority {
         params.not_before = in_days(from_days).into();
         params.not_after = in_days(to_days).into();
         self.sign(params)
+    }
+
+    /// An authority below this one, and what it signs must be shown with.
+    pub(crate) fn intermediate(&self, name: &str) -> Self {
+        let mut below = Self::new(name);
+        let issuer = Issuer::from_params(&self.params, &self.key);
+        below.certificate = below.params.signed_by(&below.key, &issuer).expect("a certificate").pem();
+        below
     }
 
     /// A list that takes one certificate back, in PEM.
@@ -186,7 +213,7 @@ pub(crate) async fn over(
 }
 
 fn certified(Identity { certificate, key, .. }: &Identity) -> CertifiedKey {
-    let chain = vec![CertificateDer::from_pem_slice(certificate.as_bytes()).expect("a certificate")];
+    let chain = CertificateDer::pem_slice_iter(certificate.as_bytes()).map(|one| one.expect("a certificate")).collect();
     let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).expect("a key");
     CertifiedKey::new(chain, any_supported_type(&key).expect("a key that can sign"))
 }

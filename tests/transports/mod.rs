@@ -1,7 +1,9 @@
 //! Clients come in by TLS, with and without certificates, by WebSocket and through proxies, as they do by TCP.
 
+mod authorities;
 mod certificates;
 mod proxy;
+mod renewal;
 mod tls;
 mod websocket;
 

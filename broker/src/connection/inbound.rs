@@ -16,6 +16,7 @@ use crate::inflight::{Awaits, Sent};
 use crate::ingest::{Item, Sender, What};
 use crate::mailbox::{Receipt, Settled};
 use crate::metrics::Limit;
+use crate::renewal;
 use crate::store::{Incoming, Op, Taken};
 use crate::wire::{Ack, Disconnect, Outgoing, Packet, PacketId, Publish, QoS, Reason, Version};
 
@@ -86,6 +87,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         match self.rights.publish(&publish.topic) {
             Ok(Route::Telemetry(sender)) => self.store(sender, publish, What::Telemetry),
             Ok(Route::Status(sender)) => self.store(sender, publish, What::Status),
+            Ok(Route::Renewal(sender)) => self.renew(sender, &publish),
             Ok(Route::Live) => self.pass_on(publish),
             Err(text) => return self.deny(publish, text),
         }
@@ -164,6 +166,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let incoming = self.incoming(publish);
         let item = Item::new(sender, self.shared.clock.now_ms(), what(incoming));
         self.offer(item);
+    }
+
+    /// Hands a signing request to whoever answers it; nothing is read until it is answered.
+    fn renew(&mut self, sender: Arc<Sender>, publish: &Publish) {
+        let proof = self.presence.principal().proof;
+        // It may wait for long: it must not hold everything that was read with it.
+        let request = renewal::Request { sender, proof, incoming: self.incoming(publish.detached()) };
+        let shared = self.shared.clone();
+        self.stalled = Some(Box::pin(async move { shared.renewals.ask(request).await }));
     }
 
     fn incoming(&mut self, publish: Publish) -> Incoming {

@@ -147,12 +147,12 @@ impl Server {
         };
         let http = match listener {
             Some(listener) => {
-                Some(start_http(listener, &config, &database, (keys, pki), &clock, &registry, broker.as_ref())?)
+                Some(start_http(listener, &config, &database, (keys.clone(), pki), &clock, &registry, broker.as_ref())?)
             }
             None => None,
         };
         let worker = if plays(Role::Worker) {
-            Some(Worker::start(database.pool().clone(), config, clock, &registry)?)
+            Some(Worker::start(database.pool().clone(), config, keys, clock, &registry)?)
         } else {
             None
         };
@@ -282,7 +282,13 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(db: PgPool, config: Config, clock: Clock, registry: &Registry) -> prometheus::Result<Self> {
+    fn start(
+        db: PgPool,
+        config: Config,
+        keys: Arc<Keys>,
+        clock: Clock,
+        registry: &Registry,
+    ) -> prometheus::Result<Self> {
         let expiring =
             Opts::new("muster_certificates_expiring", "Devices whose last valid certificate ends within that time");
         let expiring = IntGaugeVec::new(expiring, &["within"])?;
@@ -296,7 +302,7 @@ impl Worker {
                     () = stopping.cancelled() => return,
                     _ = every.tick() => {}
                 }
-                if let Err(error) = sweep(&db, &config, &clock, &expiring).await {
+                if let Err(error) = sweep(&db, &config, &keys, &clock, &expiring).await {
                     tracing::warn!(%error, "housekeeping failed; it is tried again in ten minutes");
                 }
             }
@@ -313,7 +319,18 @@ impl Worker {
     }
 }
 
-async fn sweep(db: &PgPool, config: &Config, clock: &Clock, expiring: &IntGaugeVec) -> fleet_core::Result<()> {
+async fn sweep(
+    db: &PgPool,
+    config: &Config,
+    keys: &Keys,
+    clock: &Clock,
+    expiring: &IntGaugeVec,
+) -> fleet_core::Result<()> {
+    let mut tx = db.begin().await?;
+    if let Some(kid) = keys.tend(&mut tx, config.auth.signing_key_days).await? {
+        tracing::info!(kid, "access tokens are signed with a new key");
+    }
+    tx.commit().await?;
     let mut db = db.acquire().await?;
     retention::ensure_partitions(&mut db, clock.now()).await?;
     let swept = retention::sweep(&mut db, &config.retention, clock.now()).await?;

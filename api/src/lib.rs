@@ -31,7 +31,7 @@ pub use state::{App, Health};
 use problem::Problem;
 use routes::{
     access, api_keys, auth, authorities, bindings, certificates, connections, credentials, dead_letters, devices, docs,
-    import, login_failures, login_sessions, operations, passwords, roles, sessions, telemetry, users,
+    import, login_failures, login_sessions, operations, passwords, roles, sessions, signing_keys, telemetry, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -46,6 +46,8 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(login_sessions::logout_all))
         .routes(routes!(login_sessions::list, login_sessions::end))
         .routes(routes!(login_failures::read, login_failures::forgive))
+        .routes(routes!(signing_keys::list))
+        .routes(routes!(signing_keys::rotate))
         .routes(routes!(passwords::change))
         .routes(routes!(passwords::reset))
         .routes(routes!(passwords::issue_reset))

@@ -18,5 +18,6 @@ pub(crate) mod operations;
 pub(crate) mod passwords;
 pub(crate) mod roles;
 pub(crate) mod sessions;
+pub(crate) mod signing_keys;
 pub(crate) mod telemetry;
 pub(crate) mod users;

@@ -57,3 +57,12 @@ create table password_reset (
 alter table password_reset enable row level security;
 create policy tenant on password_reset
     using (exists (select from app_user u where u.id = user_id and u.tenant_key = (select current_tenant())));
+
+-- A key that is retired signs no more from `retired_at` on, and verifies what it signed until `expires_at`. Its private
+-- half is forgotten then; the public one is what others check tokens by.
+alter table signing_key
+    add column public_key bytea       null,
+    add column expires_at timestamptz null,
+    alter column pkcs8 drop not null,
+    add constraint signing_key_half_check check (pkcs8 is not null or public_key is not null);
+update signing_key set expires_at = retired_at + interval '1 day' where retired_at is not null;

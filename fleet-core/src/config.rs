@@ -202,6 +202,7 @@ pub struct Database {
 #[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
 pub struct Auth {
     pub access_token_s: u64,
+    pub signing_key_days: u32,
     pub session_idle_s: u64,
     pub session_max_s: u64,
     pub max_sessions: usize,

@@ -16,7 +16,7 @@
 //! | readings: decode, insert, series | [`telemetry`] |
 //! | the newest value of each metric, and gaps in sequence numbers | [`latest`] |
 //! | payloads that could not be read | [`dead_letter`] |
-//! | people, their passwords and access tokens | [`user`], [`token`] |
+//! | people, their passwords, access tokens and the keys of those | [`user`], [`token`], [`signing_key`] |
 //! | logins and their refresh tokens | [`login_session`] |
 //! | what a password must be, and one-time links to a new one | [`password`], [`password_reset`] |
 //! | failed logins, and how long one waits | [`login_failure`] |
@@ -76,6 +76,7 @@ pub mod role;
 pub mod scope;
 pub mod seal;
 pub mod session;
+pub mod signing_key;
 mod standing;
 pub mod status;
 pub mod telemetry;

@@ -1,18 +1,16 @@
 //! Access tokens: what a user shows after the login, a JWT (RFC 7519) signed with Ed25519 (RFC 8037).
 //!
 //! [`Keys`] sign and verify; [`principal`] says who stands behind a token. Holds: a token proves an identity and nothing
-//! else: what its user may do is read from the database each time, so who is disabled or loses a role is out at once.
-//! The keys live in the database, because several processes accept each other's tokens. Ignorant of: HTTP.
+//! else: what its user may do is read from the database each time, so who is disabled or loses a role is out at once; it
+//! ends with its login. Ignorant of: HTTP.
 
-use std::collections::HashMap;
-
-use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use chrono::{DateTime, TimeDelta, Utc};
-use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use jsonwebtoken::{Algorithm, Header, Validation};
 use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 use sqlx::PgConnection;
-use uuid::Uuid;
 
 use crate::clock::Clock;
 use crate::config::Secret;
@@ -21,13 +19,12 @@ use crate::id::{LoginSessionId, UserId};
 use crate::login_session::LoginSession;
 use crate::policy::{Permission, Principal, Proof, Who};
 use crate::role::Roles;
+use crate::signing_key::{self, Ring};
 use crate::standing::{self, Asked, Standing};
 use crate::{api_key, user};
 
 /// Longest token that is looked at, in bytes.
 pub const MAX_TOKEN_BYTES: usize = 4096;
-/// A token that names an unknown key makes the keys be read again at most so often: another process may have made one.
-const RELOAD_EVERY: TimeDelta = TimeDelta::seconds(1);
 
 const ISSUER: &str = "muster";
 const AUDIENCE: &str = "muster";
@@ -38,13 +35,6 @@ pub struct Keys {
     lifetime: TimeDelta,
     ring: RwLock<Ring>,
     roles: Roles,
-}
-
-struct Ring {
-    kid: String,
-    signing: EncodingKey,
-    verifying: HashMap<String, DecodingKey>,
-    read_at: DateTime<Utc>,
 }
 
 /// An access token.
@@ -76,8 +66,8 @@ impl Keys {
         let lifetime = i64::try_from(lifetime_s).ok().and_then(TimeDelta::try_seconds);
         let lifetime = lifetime.ok_or_else(|| Error::Invalid("auth.access_token_s is too large".into()))?;
         let now = clock.now();
-        make_first(db, now).await?;
-        let ring = RwLock::new(read(db, lifetime, now).await?);
+        signing_key::make_first(db, now).await?;
+        let ring = RwLock::new(Ring::read(db, now).await?);
         Ok(Self { clock, lifetime, ring, roles: Roles::default() })
     }
 
@@ -121,8 +111,9 @@ impl Keys {
             exp: expires_at.timestamp(),
         };
         let ring = self.ring.read();
-        let header = Header { kid: Some(ring.kid.clone()), ..Header::new(Algorithm::EdDSA) };
-        let token = jsonwebtoken::encode(&header, &claims, &ring.signing)
+        let (kid, key) = ring.signing(now).ok_or_else(|| Error::Internal("no signing key".into()))?;
+        let header = Header { kid: Some(kid.to_owned()), ..Header::new(Algorithm::EdDSA) };
+        let token = jsonwebtoken::encode(&header, &claims, key)
             .map_err(|e| Error::Internal(format!("signing a token: {e}")))?;
         Ok(AccessToken { token: token.into(), expires_in_s: (expires_at - now).num_seconds().unsigned_abs() })
     }
@@ -134,31 +125,60 @@ impl Keys {
         }
         let header = jsonwebtoken::decode_header(token).map_err(|_| Error::BadToken("not a token of this server"))?;
         let kid = header.kid.ok_or(Error::BadToken("not a token of this server"))?;
-        let key = self.key(db, &kid, now).await?.ok_or(Error::BadToken("signed with an unknown key"))?;
-        let claims = jsonwebtoken::decode::<Claims>(token, &key, &validation())
+        self.reread(db).await?;
+        let key = self.ring.read().find(&kid).cloned().ok_or(Error::BadToken("signed with an unknown key"))?;
+        let claims = jsonwebtoken::decode::<Claims>(token, &key.verifying, &validation())
             .map_err(|_| Error::BadToken("not a token of this server"))?
             .claims;
-        let expires_at =
-            DateTime::from_timestamp(claims.exp, 0).ok_or(Error::BadToken("not a token of this server"))?;
+        let times = DateTime::from_timestamp(claims.iat, 0).zip(DateTime::from_timestamp(claims.exp, 0));
+        let (signed_at, expires_at) = times.ok_or(Error::BadToken("not a token of this server"))?;
+        if !key.may_have_signed(signed_at) {
+            return Err(Error::BadToken("signed with a retired key"));
+        }
         if now >= expires_at { Err(Error::BadToken("expired")) } else { Ok((claims, expires_at)) }
     }
 
-    async fn key(&self, db: &mut PgConnection, kid: &str, now: DateTime<Utc>) -> Result<Option<DecodingKey>> {
-        let read_at = {
-            let ring = self.ring.read();
-            if let Some(key) = ring.verifying.get(kid) {
-                return Ok(Some(key.clone()));
-            }
-            ring.read_at
-        };
-        if now - read_at < RELOAD_EVERY {
-            return Ok(None);
+    /// Looks for keys that another process has made or retired, if that was not done a moment ago.
+    pub async fn reread(&self, db: &mut PgConnection) -> Result<()> {
+        let now = self.clock.now();
+        if now - self.ring.read().read_at >= signing_key::REREAD {
+            let ring = Ring::read(db, now).await?;
+            *self.ring.write() = ring;
         }
-        let ring = read(db, self.lifetime, now).await?;
-        let key = ring.verifying.get(kid).cloned();
-        *self.ring.write() = ring;
-        Ok(key)
+        Ok(())
     }
+
+    /// The keys by which others can verify our tokens, as JWKs (RFC 7517, RFC 8037).
+    pub async fn public(&self, db: &mut PgConnection) -> Result<Vec<PublicKey>> {
+        self.reread(db).await?;
+        let ring = self.ring.read();
+        Ok(ring
+            .keys
+            .iter()
+            .map(|key| PublicKey { kid: key.kid.clone(), x: URL_SAFE_NO_PAD.encode(&key.public) })
+            .collect())
+    }
+
+    /// Brings a new key, see [`signing_key::rotate`]. To be called in a transaction.
+    pub async fn rotate(&self, db: &mut PgConnection, revoke: bool) -> Result<String> {
+        signing_key::rotate(db, self.lifetime, revoke, self.clock.now()).await
+    }
+
+    /// Brings a new key when the one in use is older than so many days (0: never), see [`signing_key::tend`]. To be called in a
+    /// transaction.
+    pub async fn tend(&self, db: &mut PgConnection, days: u32) -> Result<Option<String>> {
+        let max_age = (days > 0).then(|| TimeDelta::days(days.into()));
+        signing_key::tend(db, self.lifetime, max_age, self.clock.now()).await
+    }
+}
+
+/// A key by which others can verify our tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublicKey {
+    /// Its name in the header of tokens.
+    pub kid: String,
+    /// The Ed25519 key, in base64url.
+    pub x: String,
 }
 
 /// Signature, issuer and audience; the time is ours to check, by our own clock.
@@ -225,56 +245,12 @@ async fn view(
     Ok(Principal { who, proof, ..found })
 }
 
-/// Makes a key unless there is one. Two processes may both make theirs; both keys are then accepted everywhere.
-async fn make_first(db: &mut PgConnection, now: DateTime<Utc>) -> Result<()> {
-    let pair = Ed25519KeyPair::generate().map_err(|_| Error::Internal("no random numbers".into()))?;
-    let pkcs8 = pair.to_pkcs8().map_err(|_| Error::Internal("an Ed25519 key cannot be written".into()))?;
-    sqlx::query!(
-        "
-        insert into signing_key (kid, pkcs8, created_at)
-        select $1, $2, $3
-         where not exists (select from signing_key where retired_at is null)
-        ",
-        Uuid::new_v4().simple().to_string(),
-        pkcs8.as_ref(),
-        now
-    )
-    .execute(db)
-    .await?;
-    Ok(())
-}
-
-/// The newest key signs; a retired one verifies for as long as a token it signed may live.
-async fn read(db: &mut PgConnection, lifetime: TimeDelta, now: DateTime<Utc>) -> Result<Ring> {
-    let rows = sqlx::query!(
-        "
-        select kid, pkcs8, retired_at
-          from signing_key
-         where retired_at is null or retired_at > $1
-         order by created_at, kid
-        ",
-        now - lifetime
-    )
-    .fetch_all(db)
-    .await?;
-    let mut signing = None;
-    let mut verifying = HashMap::new();
-    for row in rows {
-        let pair = Ed25519KeyPair::from_pkcs8(&row.pkcs8)
-            .map_err(|_| Error::Internal(format!("signing key {} cannot be read", row.kid)))?;
-        verifying.insert(row.kid.clone(), DecodingKey::from_ed_der(pair.public_key().as_ref()));
-        if row.retired_at.is_none() {
-            signing = Some((row.kid, EncodingKey::from_ed_der(&row.pkcs8)));
-        }
-    }
-    let (kid, signing) = signing.ok_or_else(|| Error::Internal("no signing key".into()))?;
-    Ok(Ring { kid, signing, verifying, read_at: now })
-}
-
 #[cfg(test)]
 mod tests {
-    use base64::Engine as _;
-    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+    use std::collections::HashMap;
+
+    use aws_lc_rs::signature::Ed25519KeyPair;
+    use jsonwebtoken::EncodingKey;
     use sqlx::pool::PoolConnection;
     use sqlx::{PgPool, Postgres};
 
@@ -340,7 +316,7 @@ mod tests {
         let login = admin(db.pool(), &clock).await;
         let keys = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
         let token = keys.sign(&login).unwrap().token.expose().to_owned();
-        let kid = keys.ring.read().kid.clone();
+        let kid = keys.ring.read().keys[0].kid.clone();
         let claims = |aud: &str| Claims {
             iss: ISSUER.into(),
             aud: aud.into(),
@@ -361,7 +337,12 @@ mod tests {
         flipped.replace_range(last_of_claims..=last_of_claims, letter);
         let no_signature = token.rsplit_once('.').unwrap().0.to_owned() + ".";
         let symmetric = EncodingKey::from_secret(kid.as_bytes());
-        let foreign_audience = signed(&header(Algorithm::EdDSA), &claims("somebody else"), &keys.ring.read().signing);
+        let public = keys.ring.read().keys[0].public.clone();
+        let own = sqlx::query_scalar!("select pkcs8 from signing_key").fetch_one(db.pool()).await.unwrap().unwrap();
+        let own = EncodingKey::from_ed_der(&own);
+        let foreign_audience = signed(&header(Algorithm::EdDSA), &claims("somebody else"), &own);
+        let foreign_issuer = Claims { iss: "somebody else".into(), ..claims(AUDIENCE) };
+        let foreign_issuer = signed(&header(Algorithm::EdDSA), &foreign_issuer, &own);
         for bad in [
             String::new(),
             "x".into(),
@@ -373,8 +354,10 @@ mod tests {
             forged(&format!(r#"{{"alg":"none","kid":"{kid}"}}"#), &claims(AUDIENCE), b""),
             forged(&format!(r#"{{"alg":"EdDSA","kid":"{kid}"}}"#), &claims(AUDIENCE), &[0; 64]),
             signed(&header(Algorithm::HS256), &claims(AUDIENCE), &symmetric),
+            signed(&header(Algorithm::HS256), &claims(AUDIENCE), &EncodingKey::from_secret(&public)),
             signed(&header(Algorithm::EdDSA), &claims(AUDIENCE), &other),
             foreign_audience,
+            foreign_issuer,
         ] {
             assert_eq!(refusal(&db, &keys, &bad, clock.now()).await, "not a token of this server", "{bad}");
         }
@@ -433,19 +416,130 @@ mod tests {
         }
     }
 
+    async fn rotate(db: &TestDb, keys: &Keys, revoke: bool) -> String {
+        let mut tx = db.pool().begin().await.unwrap();
+        let kid = keys.rotate(&mut tx, revoke).await.unwrap();
+        tx.commit().await.unwrap();
+        kid
+    }
+
+    async fn tend(db: &TestDb, keys: &Keys, days: u32) -> Option<String> {
+        let mut tx = db.pool().begin().await.unwrap();
+        let kid = keys.tend(&mut tx, days).await.unwrap();
+        tx.commit().await.unwrap();
+        kid
+    }
+
+    /// By which key a token of this process is signed.
+    fn signer(keys: &Keys, login: &LoginSession) -> (String, Secret) {
+        let token = keys.sign(login).unwrap().token;
+        (jsonwebtoken::decode_header(token.expose()).unwrap().kid.unwrap(), token)
+    }
+
+    /// Lets seconds pass for a process that looks at its keys now and then.
+    async fn pass(db: &TestDb, clock: &Clock, seconds: i64, keys: &[&Keys]) {
+        clock.set(clock.now() + TimeDelta::seconds(seconds));
+        for keys in keys {
+            keys.reread(&mut *conn(db).await).await.unwrap();
+        }
+    }
+
     #[tokio::test]
-    async fn a_retired_key_verifies_what_it_signed_and_signs_no_more() {
+    async fn a_new_key_signs_when_everybody_knows_it_and_the_old_one_verifies_what_it_signed() {
+        let db = TestDb::new().await;
+        let clock = Clock::fixed(from_ms(NOON));
+        let mut login = admin(db.pool(), &clock).await;
+        login.expires_at = from_ms(NOON + 86_400_000);
+        let one = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
+        let two = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
+        let (old, _) = signer(&one, &login);
+        clock.set(from_ms(NOON + 60_000));
+        let (_, before) = signer(&two, &login);
+        let new = rotate(&db, &one, false).await;
+        pass(&db, &clock, 1, &[&one, &two]).await;
+        assert_eq!(signer(&one, &login).0, old, "another process may not have looked yet");
+        pass(&db, &clock, 4, &[&one]).await;
+        let (signed_by, after) = signer(&one, &login);
+        assert_eq!(signed_by, new);
+        // A process that slept looks when it is shown something.
+        for token in [&before, &after] {
+            principal(&mut *conn(&db).await, &two, token.expose(), clock.now()).await.unwrap();
+        }
+        let kids = |keys: Vec<PublicKey>| keys.into_iter().map(|key| key.kid).collect::<Vec<_>>();
+        assert_eq!(kids(two.public(&mut *conn(&db).await).await.unwrap()), [old.clone(), new.clone()]);
+        // Until its token expires.
+        clock.set(from_ms(NOON + 60_000 + 899_000));
+        principal(&mut *conn(&db).await, &two, before.expose(), clock.now()).await.unwrap();
+        clock.set(from_ms(NOON + 60_000 + 908_000));
+        assert_eq!(refusal(&db, &two, before.expose(), clock.now()).await, "signed with an unknown key");
+        assert_eq!(kids(two.public(&mut *conn(&db).await).await.unwrap()), [new]);
+    }
+
+    #[tokio::test]
+    async fn a_retired_key_signs_nothing_that_is_accepted_and_is_forgotten() {
         let db = TestDb::new().await;
         let clock = Clock::fixed(from_ms(NOON));
         let login = admin(db.pool(), &clock).await;
-        let old = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
-        let token = old.sign(&login).unwrap().token;
-        sqlx::query!("update signing_key set retired_at = $1", clock.now()).execute(db.pool()).await.unwrap();
-        let new = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
-        assert_ne!(old.ring.read().kid, new.ring.read().kid);
-        principal(&mut *conn(&db).await, &new, token.expose(), from_ms(NOON + 1000)).await.unwrap();
-        clock.set(from_ms(NOON + 901_000));
-        let newest = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
-        assert!(!newest.ring.read().verifying.contains_key(&old.ring.read().kid));
+        let keys = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
+        let stolen =
+            sqlx::query!(r#"select kid, pkcs8 as "pkcs8!" from signing_key"#).fetch_one(db.pool()).await.unwrap();
+        rotate(&db, &keys, false).await;
+        pass(&db, &clock, 60, &[&keys]).await;
+        let forged = |iat: i64, exp: i64| {
+            let (iss, aud) = (ISSUER.into(), AUDIENCE.into());
+            let claims = Claims {
+                iss,
+                aud,
+                sub: login.user,
+                sid: login.id,
+                act: None,
+                iat: NOON / 1000 + iat,
+                exp: NOON / 1000 + exp,
+            };
+            let header = Header { kid: Some(stolen.kid.clone()), ..Header::new(Algorithm::EdDSA) };
+            jsonwebtoken::encode(&header, &claims, &EncodingKey::from_ed_der(&stolen.pkcs8)).unwrap()
+        };
+        assert_eq!(refusal(&db, &keys, &forged(60, 960), clock.now()).await, "signed with a retired key");
+        // One that lies about its time ends with the key.
+        let backdated = forged(0, 1_000_000);
+        principal(&mut *conn(&db).await, &keys, &backdated, clock.now()).await.unwrap();
+        assert_eq!(tend(&db, &keys, 0).await, None);
+        let halves = sqlx::query_scalar!(r#"select count(*) as "count!" from signing_key where pkcs8 is not null"#);
+        assert_eq!(halves.fetch_one(db.pool()).await.unwrap(), 1, "the private half of the old one is gone");
+        principal(&mut *conn(&db).await, &keys, &backdated, clock.now()).await.unwrap();
+        pass(&db, &clock, 900, &[&keys]).await;
+        assert_eq!(refusal(&db, &keys, &backdated, clock.now()).await, "signed with an unknown key");
+        tend(&db, &keys, 0).await;
+        let left = sqlx::query_scalar!(r#"select count(*) as "count!" from signing_key"#).fetch_one(db.pool()).await;
+        assert_eq!(left.unwrap(), 1);
+    }
+
+    #[tokio::test]
+    async fn keys_that_are_revoked_verify_nothing_at_once() {
+        let db = TestDb::new().await;
+        let clock = Clock::fixed(from_ms(NOON));
+        let login = admin(db.pool(), &clock).await;
+        let keys = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
+        let (_, before) = signer(&keys, &login);
+        let new = rotate(&db, &keys, true).await;
+        pass(&db, &clock, 1, &[]).await;
+        assert_eq!(refusal(&db, &keys, before.expose(), clock.now()).await, "signed with an unknown key");
+        let (signed_by, after) = signer(&keys, &login);
+        assert_eq!(signed_by, new, "there is no other");
+        principal(&mut *conn(&db).await, &keys, after.expose(), clock.now()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_key_that_is_old_is_replaced_once_by_whoever_looks_first() {
+        let db = TestDb::new().await;
+        let clock = Clock::fixed(from_ms(NOON));
+        let keys = Keys::load(&mut *conn(&db).await, clock.clone(), 900).await.unwrap();
+        assert_eq!(tend(&db, &keys, 30).await, None);
+        pass(&db, &clock, 30 * 86_400, &[]).await;
+        assert_eq!(tend(&db, &keys, 0).await, None, "0 is never");
+        let (one, two, three) = tokio::join!(tend(&db, &keys, 30), tend(&db, &keys, 30), tend(&db, &keys, 30));
+        assert_eq!([one, two, three].into_iter().flatten().count(), 1);
+        let unretired = sqlx::query_scalar!(r#"select count(*) as "count!" from signing_key where retired_at is null"#);
+        assert_eq!(unretired.fetch_one(db.pool()).await.unwrap(), 1);
     }
 }

@@ -85,7 +85,7 @@ pub(crate) async fn login(
     login_failure::succeeded(&mut tx, attempt, now).await?;
     tx.commit().await?;
     app.metrics.sessions_ended.with_label_values(&["limit"]).inc_by(ended);
-    logged_in(&app, &client, &session, &token, login.cookie)
+    logged_in(&app, &client, &session, &token, login.cookie).await
 }
 
 /// Counts a try, in all processes; who has to wait is refused before anything is done.
@@ -117,13 +117,14 @@ pub(crate) async fn failed(app: &App, attempt: Attempt, error: Error) -> Result<
 }
 
 /// A new access token, and the refresh token where the next request looks for it.
-fn logged_in(
+async fn logged_in(
     app: &App,
     client: &Client,
     session: &LoginSession,
     refresh: &Secret,
     cookie: bool,
 ) -> Result<Response, Problem> {
+    app.keys.reread(&mut *app.db.acquire().await?).await?;
     let token = app.keys.sign(session)?;
     let body = Json(LoggedIn {
         access_token: token.token.expose().to_owned(),
@@ -175,7 +176,7 @@ pub(crate) async fn refresh(
     let answer = login_session::refresh(&mut tx, shown.expose(), &app.auth, app.clock.now()).await?;
     tx.commit().await?;
     match answer {
-        Refresh::Renewed(session, token) => logged_in(&app, &client, &session, &token, cookie),
+        Refresh::Renewed(session, token) => logged_in(&app, &client, &session, &token, cookie).await,
         Refresh::Stolen(session) => {
             app.metrics.sessions_ended.with_label_values(&["reuse"]).inc();
             tracing::warn!(user.id = %session.user, session.id = %session.id, address = ?client.address, "a refresh token was used twice: the login has ended");

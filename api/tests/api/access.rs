@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use crate::harness::{Api, NOON_MS};
 
 /// Open to everybody.
-const PUBLIC: [&str; 7] = [
+const PUBLIC: [&str; 8] = [
+    "GET /.well-known/jwks.json",
     "POST /api/v1/auth/login",
     "GET /api/v1/authorities/boiler-1/crl",
     "POST /api/v1/auth/password-reset",
@@ -94,6 +95,46 @@ async fn a_token_that_is_not_ours_opens_nothing() {
     }
     for value in ["", "Bearer", "Basic YWRtaW46eA==", "bearer\u{e9} x"] {
         api.anonymous("GET", "/api/v1/me").header("authorization", value).send().await.problem(401, "no-token");
+    }
+}
+
+#[tokio::test]
+async fn whoever_verifies_tokens_is_shown_the_keys_and_who_runs_the_server_replaces_them() {
+    let api = Api::start().await;
+    let shown = api.anonymous("GET", "/.well-known/jwks.json").send().await.expect(200);
+    assert_eq!(shown.header("cache-control"), "public, max-age=60");
+    let [key] = shown.body["keys"].as_array().unwrap().as_slice() else { panic!("{}", shown.text) };
+    for (field, value) in [("kty", "OKP"), ("crv", "Ed25519"), ("alg", "EdDSA"), ("use", "sig")] {
+        assert_eq!(key[field], value);
+    }
+    assert_eq!(key.as_object().unwrap().len(), 6, "and nothing that is secret: {key}");
+    // A stranger verifies a token with nothing but that.
+    let token = api.token_of(api.admin).await;
+    let header = jsonwebtoken::decode_header(&token).unwrap();
+    assert_eq!(key["kid"].as_str(), header.kid.as_deref());
+    let verifying = jsonwebtoken::DecodingKey::from_ed_components(key["x"].as_str().unwrap()).unwrap();
+    let mut rules = jsonwebtoken::Validation::new(Algorithm::EdDSA);
+    rules.set_audience(&["muster"]);
+    rules.validate_exp = false;
+    let claims = jsonwebtoken::decode::<Value>(&token, &verifying, &rules).unwrap().claims;
+    assert_eq!(claims["sub"], api.admin.to_string());
+
+    let (_, tenant_admin) = api.user("second@example.com", "admin").await;
+    let rotate = "/api/v1/auth/keys/rotate";
+    api.as_who(&tenant_admin, "POST", rotate).send().await.problem(403, "forbidden");
+    api.pass(chrono::TimeDelta::seconds(1));
+    let new = api.ask("POST", rotate).send().await.expect(200).body["kid"].clone();
+    api.pass(chrono::TimeDelta::seconds(6));
+    let shown = api.anonymous("GET", "/.well-known/jwks.json").send().await.expect(200);
+    assert_eq!(shown.body["keys"][1]["kid"], new);
+    api.as_who(&token, "GET", "/api/v1/me").send().await.expect(200);
+    let after = api.token_of(api.admin).await;
+    assert_eq!(jsonwebtoken::decode_header(&after).unwrap().kid.as_deref(), new.as_str());
+
+    api.ask("POST", rotate).json(&json!({ "revoke": true })).send().await.expect(200);
+    api.pass(chrono::TimeDelta::seconds(1));
+    for token in [token, after] {
+        api.as_who(&token, "GET", "/api/v1/me").send().await.problem(401, "bad-token");
     }
 }
 

@@ -9,7 +9,7 @@ use fleet_core::config::BadConfig;
 pub(crate) const HELP: &str = "\
 Exit codes:
   0  done
-  1  failed; `muster sim`: an acknowledged reading is missing or doubled
+  1  failed; `muster sim`: an acknowledged reading is missing or doubled; `muster audit verify`: an entry was touched
   2  bad usage or settings
   3  an address cannot be listened on
   4  the data directory or the embedded PostgreSQL cannot be used

@@ -1,6 +1,7 @@
-//! The command line: `muster serve`, `demo`, `sim`, `access`, `tls`, `config`. Thin: each subcommand is a file.
+//! The command line: `muster serve`, `demo`, `sim`, `access`, `audit`, `tls`, `config`. Thin: each subcommand is a file.
 
 mod access;
+mod audit;
 mod demo;
 mod exit;
 mod remote;
@@ -37,6 +38,9 @@ enum Command {
     /// Ask who may do what, and what a change would give and take.
     #[command(subcommand)]
     Access(access::Command),
+    /// Prove that nobody has touched the audit.
+    #[command(subcommand)]
+    Audit(audit::Command),
     /// Make certificates for development.
     #[command(subcommand)]
     Tls(tls::Command),
@@ -54,6 +58,7 @@ async fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args).await,
         Command::Sim(args) => sim::run(*args).await,
         Command::Access(command) => access::run(command).await,
+        Command::Audit(command) => audit::run(command).await,
         Command::Tls(command) => tls::run(&command),
         Command::Config => settings::print(),
     };

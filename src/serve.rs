@@ -231,6 +231,7 @@ struct Http {
     address: SocketAddr,
     stop: CancellationToken,
     serving: JoinHandle<std::io::Result<()>>,
+    denials: JoinHandle<()>,
 }
 
 fn start_http(
@@ -257,12 +258,25 @@ fn start_http(
             tracing::debug!(%error, "the connection ended before it began");
         }
     });
+    let stop = CancellationToken::new();
+    let denials = tokio::spawn(write_denials(app.clone(), config.audit.denials_every_s, stop.clone()));
     let beside = broker.map(|broker| websocket::routes(broker.door(), config.mqtt.max_packet_bytes));
     let router = api::router_beside(app, beside.unwrap_or_default());
     let serving = axum::serve(listener, router.into_make_service_with_connect_info::<SocketAddr>());
-    let stop = CancellationToken::new();
     let serving = serving.with_graceful_shutdown(stop.clone().cancelled_owned());
-    Ok(Http { address, stop, serving: tokio::spawn(serving.into_future()) })
+    Ok(Http { address, stop, serving: tokio::spawn(serving.into_future()), denials })
+}
+
+/// Writes down what was refused now and then, and once more in the end.
+async fn write_denials(app: App, every_s: u64, stop: CancellationToken) {
+    let every = Duration::from_secs(every_s.max(1));
+    while !stop.is_cancelled() {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = tokio::time::sleep(every) => {}
+        }
+        app.write_denials().await;
+    }
 }
 
 impl Http {
@@ -271,6 +285,10 @@ impl Http {
         if tokio::time::timeout(HTTP_STOP_WITHIN, &mut self.serving).await.is_err() {
             tracing::warn!("some requests did not end in time");
             self.serving.abort();
+        }
+        if tokio::time::timeout(HTTP_STOP_WITHIN, &mut self.denials).await.is_err() {
+            tracing::warn!("refused requests could not be written down in time");
+            self.denials.abort();
         }
     }
 }

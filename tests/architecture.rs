@@ -224,3 +224,21 @@ fn rust_files(dir: &Path) -> Vec<PathBuf> {
         .filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
         .collect()
 }
+
+/// Files with routes for somebody who has not logged in, or is about to have logged out.
+const BEFORE_LOGIN: [&str; 4] = ["auth.rs", "authorities.rs", "passwords.rs", "signing_keys.rs"];
+
+#[test]
+fn whoever_has_logged_in_reads_and_changes_in_a_transaction_of_their_own() {
+    let routes = concat!(env!("CARGO_MANIFEST_DIR"), "/api/src/routes");
+    for file in std::fs::read_dir(routes).expect("the routes are there").flatten() {
+        let name = file.file_name().into_string().expect("a name");
+        let source = std::fs::read_to_string(file.path()).expect("a source file");
+        let is_bound =
+            !source.contains("app.begin(") && !source.contains("app.db.acquire(") && !source.contains("app.db.begin(");
+        assert!(
+            is_bound || BEFORE_LOGIN.contains(&name.as_str()),
+            "{name}: expected caller.read(&app) or caller.change(&app)"
+        );
+    }
+}

@@ -3,6 +3,7 @@
 mod access;
 mod admission;
 mod architecture;
+mod audit;
 mod conformance;
 mod control;
 mod crash;

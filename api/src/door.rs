@@ -16,12 +16,17 @@ use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::client;
+use crate::denials::Visitor;
 use crate::problem::{self, Problem};
 use crate::state::App;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest request id that is taken from a caller, in bytes; a longer one is replaced.
 const MAX_REQUEST_ID_BYTES: usize = 128;
+
+/// The id of a request, in its extensions.
+#[derive(Debug, Clone)]
+pub(crate) struct RequestId(pub(crate) String);
 
 const PERMISSIONS_POLICY: HeaderName = HeaderName::from_static("permissions-policy");
 const OPENER_POLICY: HeaderName = HeaderName::from_static("cross-origin-opener-policy");
@@ -58,18 +63,21 @@ pub(crate) fn same_site() -> CsrfLayer<impl ResponseForProtectionError<Body> + S
     })
 }
 
-async fn enter(State(app): State<App>, request: Request, next: Next) -> Response {
+async fn enter(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let begun = Instant::now();
     let id = request_id(request.headers());
     let method = method(request.method());
     let route = request.extensions().get::<MatchedPath>().map_or("unmatched".into(), |path| path.as_str().to_owned());
     let span = tracing::info_span!("http.request", method, route, request.id = id, status = tracing::field::Empty);
     let uri = request.uri().clone();
+    let visitor = Visitor::default();
+    request.extensions_mut().insert(RequestId(id.clone()));
+    request.extensions_mut().insert(visitor.clone());
     let https = client::is_https(&request, &app.http.trusted_proxies);
     let within = Duration::from_millis(app.http.request_timeout_ms);
     let answered = async {
         let response = in_time(within, next.run(request)).await;
-        let response = with_problem(response, uri.path(), &id, &app);
+        let response = with_problem(response, method, uri.path(), &id, &visitor, &app);
         Span::current().record("status", response.status().as_u16());
         tracing::debug!("answered");
         response
@@ -117,12 +125,17 @@ async fn in_time(within: Duration, answer: impl Future<Output = Response>) -> Re
 }
 
 /// Writes the body of a problem; an error without a body of its own becomes one.
-fn with_problem(mut response: Response, path: &str, id: &str, app: &App) -> Response {
+fn with_problem(mut response: Response, method: &str, path: &str, id: &str, visitor: &Visitor, app: &App) -> Response {
     let bare = response.status().is_client_error() || response.status().is_server_error();
     let bare = bare && !is_json(response.headers());
     let told = response.extensions_mut().remove::<Problem>();
     let Some(problem) = told.or_else(|| bare.then(|| Problem::of_status(response.status()))) else { return response };
     app.metrics.problems.with_label_values(&[problem.kind]).inc();
+    if matches!(problem.status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
+        && let Some(author) = visitor.author()
+    {
+        app.denied(author, problem.permission.unwrap_or(problem.kind), format!("{method} {path}"));
+    }
     let body = serde_json::to_vec(&problem.document(path, id)).unwrap_or_default();
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(problem::MEDIA_TYPE));

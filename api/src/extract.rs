@@ -10,8 +10,11 @@ use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use fleet_core::api_key;
+use fleet_core::audit::{Actor, Author, Source};
 use fleet_core::id::{ApiKeyId, LoginSessionId, TenantKey, UserId};
 use fleet_core::idempotency::{self, Answer, Key};
+use fleet_core::login_session::Origin;
 use fleet_core::policy::{Manager, Permission, Principal, Role, Who};
 use fleet_core::scope::Extent;
 use fleet_core::token;
@@ -21,6 +24,9 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
 
+use crate::client::Client;
+use crate::denials::Visitor;
+use crate::door::RequestId;
 use crate::problem::{FieldError, Problem};
 use crate::state::App;
 
@@ -33,6 +39,7 @@ pub(crate) struct Caller {
     /// The API key, when one was shown.
     pub(crate) key: Option<ApiKeyId>,
     principal: Principal,
+    source: Source,
 }
 
 impl Caller {
@@ -46,6 +53,12 @@ impl Caller {
         self.principal.manager()
     }
 
+    /// Who is to answer for what the caller does.
+    pub(crate) fn author(&self) -> Author {
+        let actor = self.key.map_or(Actor::User(self.id), Actor::ApiKey);
+        Author { tenant: self.tenant, actor, source: self.source.clone() }
+    }
+
     /// Who calls, with all rights.
     pub(crate) fn principal(&self) -> &Principal {
         &self.principal
@@ -56,12 +69,21 @@ impl Caller {
         if self.principal.may(permission) {
             return Ok(());
         }
-        Err(Problem::new(403, "forbidden", format!("this needs the permission {}", permission.name())))
+        Err(Problem::forbidden(permission.name()))
     }
 
     /// The devices for which the caller has a permission.
     pub(crate) fn extent(&self, permission: Permission) -> Extent {
         self.principal.extent(permission)
+    }
+
+    /// Refuses a caller who has this permission for some devices only.
+    fn needs_for_everything(&self, permission: Permission) -> Result<(), Problem> {
+        if self.extent(permission).is_everything() {
+            return Ok(());
+        }
+        let detail = format!("this needs the permission {} for the whole tenant", permission.name());
+        Err(Problem::new(403, "out-of-scope", detail))
     }
 
     pub(crate) fn permissions(&self) -> Vec<Permission> {
@@ -73,17 +95,50 @@ impl FromRequestParts<App> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
-        let token = bearer(&parts.headers)?;
+        let token = bearer(&parts.headers)?.to_owned();
+        let source = source(parts, app).await;
         let mut db = app.db.acquire().await?;
-        let principal = token::principal(&mut db, &app.keys, token, app.clock.now()).await?;
+        let principal = match token::principal(&mut db, &app.keys, &token, app.clock.now()).await {
+            Ok(principal) => principal,
+            Err(error) => {
+                // Somebody goes on with a key that is worth nothing any more.
+                if let Some((tenant, key)) = api_key::of_known(&mut db, &token).await? {
+                    visitor(parts).is(Author { tenant, actor: Actor::ApiKey(key), source });
+                }
+                return Err(error.into());
+            }
+        };
+        if let Some(actor) = actor(&principal) {
+            visitor(parts).is(Author { tenant: principal.tenant, actor, source: source.clone() });
+        }
         if principal.proof.viewer.is_some() && !parts.method.is_safe() {
             return Err(Problem::new(403, "read-only", "who looks at what another user sees may change nothing"));
         }
         match principal.who {
-            Who::User { id, key, .. } => Ok(Self { id, tenant: principal.tenant, key, principal }),
+            Who::User { id, key, .. } => Ok(Self { id, tenant: principal.tenant, key, principal, source }),
             Who::Device { .. } => Err(Problem::new(401, "bad-token", "expected the access token of a user")),
         }
     }
+}
+
+/// Who acts: while an admin looks as another user, the admin does.
+fn actor(principal: &Principal) -> Option<Actor> {
+    match principal.who {
+        Who::User { key: Some(key), .. } => Some(Actor::ApiKey(key)),
+        Who::User { id, .. } => Some(Actor::User(principal.proof.viewer.unwrap_or(id))),
+        Who::Device { .. } => None,
+    }
+}
+
+async fn source(parts: &mut Parts, app: &App) -> Source {
+    let Ok(client) = Client::from_request_parts(parts, app).await;
+    let Origin { address, user_agent } = client.origin();
+    let request_id = parts.extensions.get::<RequestId>().map(|id| id.0.clone());
+    Source { address, request_id, user_agent }
+}
+
+fn visitor(parts: &Parts) -> Visitor {
+    parts.extensions.get::<Visitor>().cloned().unwrap_or_default()
 }
 
 /// A caller who logged in: a person, not a program with an API key.
@@ -144,6 +199,7 @@ rights!(
     DeadLettersRead,
     ConnectionsRead,
     ConnectionsManage,
+    AuditRead,
     AccessManage,
     AuthoritiesManage
 );
@@ -158,6 +214,13 @@ impl<R> std::ops::Deref for Can<R> {
     type Target = Caller;
     fn deref(&self) -> &Caller {
         &self.caller
+    }
+}
+
+impl<R: Right> Can<R> {
+    /// Refuses a caller who has it for some devices only.
+    pub(crate) fn needs_everything(&self) -> Result<(), Problem> {
+        self.caller.needs_for_everything(R::PERMISSION)
     }
 }
 

@@ -15,6 +15,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 mod client;
+mod denials;
 mod door;
 mod extract;
 mod metrics;
@@ -30,8 +31,9 @@ pub use state::{App, Health};
 
 use problem::Problem;
 use routes::{
-    access, api_keys, auth, authorities, bindings, certificates, connections, credentials, dead_letters, devices, docs,
-    import, login_failures, login_sessions, operations, passwords, roles, sessions, signing_keys, telemetry, users,
+    access, api_keys, audit, auth, authorities, bindings, certificates, connections, credentials, dead_letters,
+    devices, docs, import, login_failures, login_sessions, operations, passwords, roles, sessions, signing_keys,
+    telemetry, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -85,6 +87,10 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(connections::read))
         .routes(routes!(connections::disconnect))
         .routes(routes!(connections::start_trace, connections::read_trace, connections::stop_trace))
+        .routes(routes!(audit::list))
+        .routes(routes!(audit::verify))
+        .routes(routes!(audit::export))
+        .routes(routes!(audit::read))
         .routes(routes!(docs::openapi))
         .routes(routes!(operations::healthz))
         .routes(routes!(operations::readyz))
@@ -152,6 +158,7 @@ pub fn refusal(status: u16, kind: &'static str, detail: impl Into<String>) -> Re
         (name = "bindings", description = "Who has which role for which devices"),
         (name = "api-keys", description = "By which programs prove who they are"),
         (name = "connections", description = "Who is connected at the moment, and what happened to clients"),
+        (name = "audit", description = "Who did what"),
         (name = "operations", description = "For those who run the server"),
     )
 )]

@@ -15,6 +15,9 @@ pub(crate) struct Metrics {
     pub(crate) logins_failed: IntCounterVec,
     pub(crate) logins_locked: IntCounterVec,
     pub(crate) sessions_ended: IntCounterVec,
+    pub(crate) denials: IntCounterVec,
+    pub(crate) denials_forgotten: IntCounter,
+    pub(crate) audit_cut: IntCounter,
     pub(crate) connections: IntGaugeVec,
 }
 
@@ -55,6 +58,19 @@ impl Metrics {
                 "Logins ended before their time, by why: by a logout, an administrator, a new password, one login too many, a refresh token used twice.",
                 &["why"],
             )?,
+            denials: counters(
+                "muster_http_denials_total",
+                "Requests of known callers that were refused, by the permission that was missing or another reason.",
+                &["what"],
+            )?,
+            denials_forgotten: IntCounter::new(
+                "muster_http_denials_forgotten_total",
+                "Refused requests that the audit does not have because audit.max_denials was reached.",
+            )?,
+            audit_cut: IntCounter::new(
+                "muster_audit_cut_total",
+                "Bodies too long for the audit, of which it has the hash and the length.",
+            )?,
             connections: IntGaugeVec::new(
                 Opts::new("muster_database_pool_connections", "Connections of the pool, by state."),
                 &["state"],
@@ -79,6 +95,9 @@ impl Metrics {
         registry.register(Box::new(metrics.logins_failed.clone()))?;
         registry.register(Box::new(metrics.logins_locked.clone()))?;
         registry.register(Box::new(metrics.sessions_ended.clone()))?;
+        registry.register(Box::new(metrics.denials.clone()))?;
+        registry.register(Box::new(metrics.denials_forgotten.clone()))?;
+        registry.register(Box::new(metrics.audit_cut.clone()))?;
         registry.register(Box::new(metrics.connections.clone()))?;
         registry.register(Box::new(ProcessCollector::for_self()))?;
         Ok(metrics)

@@ -75,6 +75,8 @@ pub(crate) enum Cursor {
     Connection(ConnectionId),
     /// In the list of connection events.
     ConnectionEvent(ConnectionEventId),
+    /// In the audit.
+    Audit(i64),
     /// In the readings of a device.
     Reading { ts_ms: i64, seq: i64 },
 }
@@ -91,6 +93,7 @@ impl Cursor {
             Self::Binding(id) => format!("b{id}"),
             Self::Connection(id) => format!("c{id}"),
             Self::ConnectionEvent(id) => format!("e{id}"),
+            Self::Audit(seq) => format!("a{seq}"),
             Self::Reading { ts_ms, seq } => format!("r{ts_ms},{seq}"),
         };
         URL_SAFE_NO_PAD.encode(plain)
@@ -109,6 +112,7 @@ impl Cursor {
             "b" => key.parse().ok().map(Self::Binding),
             "c" => key.parse().ok().map(Self::Connection),
             "e" => key.parse().ok().map(Self::ConnectionEvent),
+            "a" => key.parse().ok().map(Self::Audit),
             "r" => {
                 let (ts_ms, seq) = key.split_once(',')?;
                 Some(Self::Reading { ts_ms: ts_ms.parse().ok()?, seq: seq.parse().ok()? })
@@ -174,7 +178,8 @@ keys!(
     ApiKeyId: ApiKey,
     BindingId: Binding,
     ConnectionId: Connection,
-    ConnectionEventId: ConnectionEvent
+    ConnectionEventId: ConnectionEvent,
+    i64: Audit
 );
 
 /// The key behind which a page is to begin; a cursor of another list is refused.
@@ -212,6 +217,7 @@ mod tests {
                 Cursor::ConnectionEvent(id.into()),
                 Cursor::User(id.into()),
                 Cursor::ApiKey(id.into()),
+                Cursor::Audit(seq),
                 Cursor::Binding(id.into()),
             ];
             for cursor in ids.into_iter().chain([Cursor::Reading { ts_ms, seq }]).chain(device).chain(role) {

@@ -41,6 +41,8 @@ pub(crate) struct Problem {
     pub(crate) status: StatusCode,
     /// The last part of the type: a closed set, which also labels a metric.
     pub(crate) kind: &'static str,
+    /// The permission that was missing.
+    pub(crate) permission: Option<&'static str>,
     detail: String,
     errors: Vec<FieldError>,
     lines: Vec<LineError>,
@@ -99,6 +101,7 @@ impl Problem {
     pub(crate) fn new(status: u16, kind: &'static str, detail: impl Into<String>) -> Self {
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         Self {
+            permission: None,
             status,
             kind,
             detail: detail.into(),
@@ -106,6 +109,12 @@ impl Problem {
             lines: Vec::new(),
             retry_after_s: RETRY_AFTER_S,
         }
+    }
+
+    /// 403: a permission is missing.
+    pub(crate) fn forbidden(permission: &'static str) -> Self {
+        let detail = format!("this needs the permission {permission}");
+        Self { permission: Some(permission), ..Self::new(403, "forbidden", detail) }
     }
 
     /// 400 about one field or parameter.
@@ -222,6 +231,7 @@ impl From<Error> for Problem {
     fn from(error: Error) -> Self {
         let (status, kind) = match &error {
             Error::NoSuchDevice(_) => (404, "no-such-device"),
+            Error::NoSuchAuditEntry(_) => (404, "no-such-audit-entry"),
             Error::NoSuchCredential(_) => (404, "no-such-credential"),
             Error::NoSuchSession(_) => (404, "no-such-session"),
             Error::NoSuchLoginSession(_) => (404, "no-such-login-session"),

@@ -2,6 +2,7 @@
 
 pub(crate) mod access;
 pub(crate) mod api_keys;
+pub(crate) mod audit;
 pub(crate) mod auth;
 pub(crate) mod authorities;
 pub(crate) mod bindings;

@@ -8,13 +8,14 @@ use std::time::Duration;
 use axum::http::HeaderValue;
 use fleet_core::authority::Pki;
 use fleet_core::clock::Clock;
-use fleet_core::config::{Auth, Config, Http, Provisioning};
+use fleet_core::config::{Audit, Auth, Config, Http, Provisioning};
 use fleet_core::control::{self, Answers, Request};
 use fleet_core::token::Keys;
 use fleet_core::user::Logins;
 use prometheus::Registry;
 use sqlx::{AssertSqlSafe, PgPool, Postgres, Transaction};
 
+use crate::denials::Denials;
 use crate::metrics::Metrics;
 
 /// A check that has not answered by then counts as failed.
@@ -36,6 +37,8 @@ pub struct App {
     pub(crate) http: Arc<Http>,
     pub(crate) auth: Arc<Auth>,
     pub(crate) provisioning: Arc<Provisioning>,
+    pub(crate) audit: Arc<Audit>,
+    pub(crate) denials: Denials,
     /// `Strict-Transport-Security`, unless that is switched off.
     pub(crate) hsts: Option<HeaderValue>,
 }
@@ -58,9 +61,25 @@ impl App {
         let logins = Logins::new(config.auth.login_concurrency);
         let (http, auth) = (Arc::new(config.http.clone()), Arc::new(config.auth.clone()));
         let provisioning = Arc::new(config.provisioning.clone());
+        let (audit, denials) = (Arc::new(config.audit.clone()), Denials::default());
         let hsts = HeaderValue::from_str(&format!("max-age={}; includeSubDomains", http.hsts_s)).ok();
         let hsts = hsts.filter(|_| http.hsts_s > 0);
-        Ok(Self { db, clock, keys, pki, logins, registry, metrics, health, http, auth, provisioning, hsts })
+        Ok(Self {
+            db,
+            clock,
+            keys,
+            pki,
+            logins,
+            registry,
+            metrics,
+            health,
+            http,
+            auth,
+            provisioning,
+            audit,
+            denials,
+            hsts,
+        })
     }
 
     /// A transaction bound to nobody, for what is done before anybody has logged in; all else has `tx.rs`. Its statements

@@ -7,7 +7,8 @@
 use std::ops::{Deref, DerefMut};
 use std::time::Duration;
 
-use fleet_core::audit::Entry;
+use fleet_core::Error;
+use fleet_core::audit::{self, Author, Entry};
 use fleet_core::tenancy::{self, Bounds};
 use sqlx::{PgConnection, Postgres, Transaction};
 
@@ -32,34 +33,36 @@ impl DerefMut for Reading {
 }
 
 /// A transaction that changes something.
-pub(crate) struct Change(Transaction<'static, Postgres>);
+pub(crate) struct Change {
+    tx: Transaction<'static, Postgres>,
+    by: Author,
+    app: App,
+}
 
 impl Deref for Change {
     type Target = PgConnection;
     fn deref(&self) -> &PgConnection {
-        &self.0
+        &self.tx
     }
 }
 
 impl DerefMut for Change {
     fn deref_mut(&mut self) -> &mut PgConnection {
-        &mut self.0
+        &mut self.tx
     }
 }
 
 impl Change {
     /// Commits the change together with what is to be known of it.
     pub(crate) async fn commit(self, entry: Entry) -> Result<(), Problem> {
-        tracing::info!(action = entry.action(), resource.id = entry.id(), "changed");
-        Ok(self.0.commit().await?)
+        self.commit_each(vec![entry]).await
     }
-}
 
-impl Change {
     /// As [`Change::commit`], for a change of many resources.
-    pub(crate) async fn commit_each(self, entries: Vec<Entry>) -> Result<(), Problem> {
-        tracing::info!(changes = entries.len(), "changed");
-        Ok(self.0.commit().await?)
+    pub(crate) async fn commit_each(mut self, entries: Vec<Entry>) -> Result<(), Problem> {
+        let recorded = audit::record_all(&mut self.tx, &self.by, &entries, self.app.clock.now()).await?;
+        self.app.metrics.audit_cut.inc_by(recorded.cut);
+        Ok(self.tx.commit().await?)
     }
 }
 
@@ -71,7 +74,7 @@ impl<R: Right> Can<R> {
 
     /// A transaction that may change what the caller may change with the permission `R`.
     pub(crate) async fn change(&self, app: &App) -> Result<Change, Problem> {
-        begin(app, &self.bounds()).await.map(Change)
+        change(app, &self.bounds(), self.author()).await
     }
 
     fn bounds(&self) -> Bounds {
@@ -97,12 +100,24 @@ impl Caller {
 
     /// A transaction for what every caller may change: what is its own.
     pub(crate) async fn change_self(&self, app: &App) -> Result<Change, Problem> {
-        begin(app, &self.bounds()).await.map(Change)
+        change(app, &self.bounds(), self.author()).await
+    }
+
+    /// A transaction that nothing binds, for what belongs to no tenant: `what`, which only who has platform standing may do.
+    pub(crate) async fn change_platform(&self, app: &App, what: &'static str) -> Result<Change, Problem> {
+        if !self.manager().platform {
+            return Err(Error::NotPlatform(what).into());
+        }
+        Ok(Change { tx: app.begin().await?, by: self.author(), app: app.clone() })
     }
 
     fn bounds(&self) -> Bounds {
         Bounds::of(self.tenant).above_tenants(self.manager().platform)
     }
+}
+
+async fn change(app: &App, bounds: &Bounds, by: Author) -> Result<Change, Problem> {
+    Ok(Change { tx: begin(app, bounds).await?, by, app: app.clone() })
 }
 
 async fn begin(app: &App, bounds: &Bounds) -> Result<Transaction<'static, Postgres>, Problem> {

@@ -194,6 +194,26 @@ pub async fn delete(db: &mut PgConnection, by: Manager<'_>, id: ApiKeyId) -> Res
     Ok(key)
 }
 
+/// The key whose secret this is, whatever it is worth, and its tenant.
+pub async fn of_known(db: &mut PgConnection, secret: &str) -> Result<Option<(TenantKey, ApiKeyId)>> {
+    if !secret.starts_with(PREFIX) {
+        return Ok(None);
+    }
+    let hash = Sha256::digest(secret);
+    let row = sqlx::query!(
+        r#"
+        select u.tenant_key as "tenant: TenantKey", k.id as "id: ApiKeyId"
+          from api_key k
+          join app_user u on u.id = k.user_id
+         where k.secret_hash = $1
+        "#,
+        hash.as_slice()
+    )
+    .fetch_optional(db)
+    .await?;
+    Ok(row.map(|row| (row.tenant, row.id)))
+}
+
 /// The key that was shown, with its user; what it is worth, [`crate::standing`] says.
 pub(crate) async fn shown(db: &mut PgConnection, secret: &str) -> Result<Option<(UserId, ApiKeyId)>> {
     let hash = Sha256::digest(secret);

@@ -31,6 +31,7 @@ pub struct Config {
     pub auth: Auth,
     pub provisioning: Provisioning,
     pub certificates: Certificates,
+    pub audit: Audit,
     pub retention: Retention,
     pub log: Log,
 }
@@ -282,6 +283,15 @@ impl Certificates {
     }
 }
 
+/// `[audit]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Audit {
+    pub denials_every_s: u64,
+    pub max_denials: usize,
+}
+
 /// `[retention]`
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -293,6 +303,7 @@ pub struct Retention {
     pub dead_letter_max_rows: i64,
     pub connection_event_days: u32,
     pub connection_event_max_rows: i64,
+    pub audit_days: u32,
 }
 
 /// `[log]`

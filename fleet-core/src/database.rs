@@ -17,7 +17,7 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::id::TenantKey;
-use crate::postgres::{Cluster, OLDEST_VERSION, Tuning};
+use crate::postgres::{self, Cluster, OLDEST_VERSION, Tuning};
 
 /// The migrations compiled into this binary.
 pub static MIGRATOR: Migrator = sqlx::migrate!("./migrations");
@@ -62,6 +62,26 @@ impl Database {
             .await?;
         migrate(&pool).await?;
         first_tenant(&mut *pool.acquire().await?, clock).await?;
+        Ok(Self { pool, options, cluster })
+    }
+
+    /// Connects to the database of a server that may run or not, for a command beside it. Nothing is migrated.
+    ///
+    /// # Errors
+    /// As [`Database::open`].
+    pub async fn attach(config: &Config, data_dir: &Path) -> Result<Self> {
+        let running = postgres::running(data_dir).map(|options| options.database("muster"));
+        let (options, cluster) = match config.database.url.expose() {
+            "" => match running {
+                Some(options) if options.connect().await.is_ok() => (options, None),
+                _ => {
+                    let (options, cluster) = embedded(config, data_dir).await?;
+                    (options, Some(cluster))
+                }
+            },
+            url => (given(url).await?, None),
+        };
+        let pool = PgPoolOptions::new().max_connections(1).connect_with(options.clone()).await?;
         Ok(Self { pool, options, cluster })
     }
 

@@ -31,6 +31,9 @@ pub enum Error {
         /// The version that is stored.
         found: i64,
     },
+    /// No such row in the tenant's audit, or none that the caller may see.
+    #[error("audit entry {0} does not exist")]
+    NoSuchAuditEntry(i64),
     /// No such credential of this device.
     #[error("credential {0} does not exist")]
     NoSuchCredential(CredentialId),

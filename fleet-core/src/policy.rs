@@ -98,6 +98,8 @@ permissions! {
     ConnectionsRead = "connections:read", Devices, [];
     /// disconnect clients, end their sessions, trace them
     ConnectionsManage = "connections:manage", Devices, [];
+    /// see who did what
+    AuditRead = "audit:read", Devices, [];
     /// give and take access: users, roles, bindings, API keys
     AccessManage = "access:manage", Tenant, [];
     /// make, register, disable, delete certificate authorities
@@ -230,7 +232,7 @@ impl Role {
                 P::ConnectionsManage,
             ],
             Self::Viewer => &[P::DevicesRead, P::TelemetryRead, P::LogsRead],
-            Self::Auditor => &[P::DevicesRead],
+            Self::Auditor => &[P::DevicesRead, P::AuditRead],
             Self::Device => &[],
             Self::Custom(role) => &role.permissions,
         }
@@ -318,6 +320,7 @@ impl Home {
             () if has(Permission::AccessManage) => Self::Access,
             () if has(Permission::UpdatesDeploy) || has(Permission::UpdatesApprove) => Self::Rollouts,
             () if has(Permission::CommandsSend) || has(Permission::DevicesWrite) => Self::Alerts,
+            () if has(Permission::AuditRead) => Self::Audit,
             () if has(Permission::TelemetryRead) || has(Permission::DevicesRead) => Self::FleetHealth,
             () => Self::Devices,
         }

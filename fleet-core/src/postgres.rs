@@ -201,6 +201,20 @@ impl Drop for Cluster {
     }
 }
 
+fn options(socket_dir: &Path) -> PgConnectOptions {
+    PgConnectOptions::new_without_pgpass()
+        .socket(socket_dir)
+        .port(5432)
+        .username(ROLE)
+        .database("postgres")
+        .ssl_mode(PgSslMode::Disable)
+}
+
+/// How to connect to a cluster below `data_dir` that another process runs, if there seems to be one.
+pub(crate) fn running(data_dir: &Path) -> Option<PgConnectOptions> {
+    home::socket_dir_in_use(&data_dir.join("postgres")).map(|socket_dir| options(&socket_dir))
+}
+
 /// The life of the thread: start, tell, look after, stop.
 fn supervise(opened: Result<Supervisor>, ready: oneshot::Sender<Result<PgConnectOptions>>) {
     let started = opened.and_then(|mut supervisor| Ok((supervisor.first_start()?, supervisor)));
@@ -264,12 +278,7 @@ impl Supervisor {
     }
 
     fn options(&self) -> PgConnectOptions {
-        PgConnectOptions::new_without_pgpass()
-            .socket(&self.home.socket_dir)
-            .port(5432)
-            .username(ROLE)
-            .database("postgres")
-            .ssl_mode(PgSslMode::Disable)
+        options(&self.home.socket_dir)
     }
 
     fn first_start(&mut self) -> Result<Running> {

@@ -18,7 +18,8 @@ use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Postgres};
 
 use crate::config::Retention;
-use crate::{Result, idempotency, tenancy};
+use crate::id::TenantKey;
+use crate::{Result, audit, idempotency, tenancy};
 
 /// Days that have their partition before they begin.
 pub const DAYS_AHEAD: u64 = 7;
@@ -74,6 +75,8 @@ pub struct Swept {
     pub idempotency: u64,
     /// Connection events, by age or by number.
     pub connection_events: u64,
+    /// Rows of the audit.
+    pub audit: u64,
     /// Whether there is more to remove: a statement's bound was reached, or a lock was not to be had.
     pub unfinished: bool,
 }
@@ -208,6 +211,7 @@ pub async fn sweep(db: &mut PgConnection, retention: &Retention, now: DateTime<U
     sweep_dead_letters(db, retention, now, &mut swept).await?;
     sweep_idempotency(db, now, &mut swept).await?;
     sweep_connection_events(db, retention, now, &mut swept).await?;
+    sweep_audit(db, retention, now, &mut swept).await?;
     Ok(swept)
 }
 
@@ -366,6 +370,29 @@ async fn sweep_idempotency(db: &mut PgConnection, now: DateTime<Utc>, swept: &mu
     .await?;
     swept.idempotency += rounds.gone;
     swept.unfinished |= rounds.unfinished;
+    Ok(())
+}
+
+/// By whole days: each time is an entry of the audit too.
+async fn sweep_audit(
+    db: &mut PgConnection,
+    retention: &Retention,
+    now: DateTime<Utc>,
+    swept: &mut Swept,
+) -> Result<()> {
+    if retention.audit_days == 0 {
+        return Ok(());
+    }
+    let keep_from = midnight((now - days(retention.audit_days)).date_naive());
+    let tenants =
+        sqlx::query_scalar!(r#"select tenant_key as "key: TenantKey" from audit_head"#).fetch_all(&mut *db).await?;
+    for tenant in tenants {
+        let mut tx = db.begin().await?;
+        let gone = audit::expire(&mut tx, tenant, keep_from, now).await?;
+        tx.commit().await?;
+        swept.audit += gone;
+        swept.unfinished |= gone >= audit::EXPIRE_ROWS;
+    }
     Ok(())
 }
 

@@ -6,15 +6,32 @@
 
 use std::time::Duration;
 
-use sqlx::{AssertSqlSafe, PgPool, Postgres, Transaction};
+use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, Transaction};
 
-use crate::id::TenantKey;
+use crate::Result;
+use crate::id::{TenantId, TenantKey};
 
 /// The role in the database that is held to the policies.
 pub const ROLE: &str = "muster_tenant";
 
 /// PostgreSQL keeps the time in 31 bits.
 const MAX_STATEMENT_TIMEOUT_MS: u128 = i32::MAX as u128;
+
+/// A tenant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tenant {
+    /// Its row.
+    pub key: TenantKey,
+    /// Its name in topics and URLs.
+    pub id: TenantId,
+}
+
+/// All tenants, the oldest first.
+pub async fn all(db: &mut PgConnection) -> Result<Vec<Tenant>> {
+    let tenants =
+        sqlx::query_as!(Tenant, r#"select key as "key: TenantKey", id as "id: TenantId" from tenant order by key"#);
+    Ok(tenants.fetch_all(db).await?)
+}
 
 /// What a transaction may see and change.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -120,6 +120,11 @@ impl Fleet {
         self.db.as_ref().expect("this server has a database of its own").options().to_url_lossy().to_string()
     }
 
+    /// Whether the server has a database that the test made.
+    pub(crate) fn has_own_database(&self) -> bool {
+        self.db.is_some()
+    }
+
     /// Connections to the server's database, where the test made it.
     pub(crate) fn db(&self) -> &sqlx::PgPool {
         self.db.as_ref().expect("this server has a database of its own").pool()
@@ -206,6 +211,14 @@ impl Fleet {
         let (status, answer) = self.call(Method::GET, path, None).await;
         assert_eq!(status, StatusCode::OK, "{path}: {answer}");
         answer
+    }
+
+    /// What is answered, as text.
+    pub(crate) async fn text(&self, path: &str) -> String {
+        let request = self.http.get(format!("{}{path}", self.url)).bearer_auth(&self.token);
+        let response = request.send().await.expect("the server answers");
+        assert_eq!(response.status(), StatusCode::OK, "{path}");
+        response.text().await.expect("the answer is whole")
     }
 
     /// Enrols a device.

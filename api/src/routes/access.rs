@@ -431,7 +431,7 @@ pub(crate) async fn view_as(
     user::manageable(&mut tx, caller.manager(), user).await?;
     let until = caller.principal().proof.valid_until.unwrap_or_else(|| app.clock.now());
     let token = app.keys.sign_view(user, caller.id, session, until)?;
-    tx.commit(Entry::of("user.view_as", user)).await?;
+    tx.commit(Entry::of("user.view-as", user)).await?;
     let access_token = token.token.expose().to_owned();
     Ok(Json(View { access_token, token_type: "Bearer", expires_in: token.expires_in_s }))
 }

@@ -84,7 +84,7 @@ pub(crate) async fn end_mine(
 ) -> Result<StatusCode, Problem> {
     let mut tx = person.change_self(&app).await?;
     login_session::end(&mut tx, person.id, id).await?;
-    tx.commit(Entry::of("login_session.end", id)).await?;
+    tx.commit(Entry::of("login-session.end", id)).await?;
     app.metrics.sessions_ended.with_label_values(&["logout"]).inc();
     Ok(StatusCode::NO_CONTENT)
 }
@@ -99,7 +99,7 @@ pub(crate) async fn end_mine(
 pub(crate) async fn logout_all(State(app): State<App>, person: Person) -> Result<StatusCode, Problem> {
     let mut tx = person.change_self(&app).await?;
     let ended = login_session::end_all(&mut tx, person.id, None).await?;
-    tx.commit(Entry::of("login_session.end_all", person.id)).await?;
+    tx.commit(Entry::of("user.log-out", person.id)).await?;
     app.metrics.sessions_ended.with_label_values(&["logout"]).inc_by(ended);
     Ok(StatusCode::NO_CONTENT)
 }
@@ -147,7 +147,7 @@ pub(crate) async fn end(
     let mut tx = caller.change(&app).await?;
     user::manageable(&mut tx, caller.manager(), id).await?;
     let ended = login_session::end_all(&mut tx, id, None).await?;
-    tx.commit(Entry::of("login_session.end_all", id)).await?;
+    tx.commit(Entry::of("user.log-out", id)).await?;
     app.metrics.sessions_ended.with_label_values(&["admin"]).inc_by(ended);
     Ok(StatusCode::NO_CONTENT)
 }

@@ -63,7 +63,7 @@ pub(crate) async fn change(
     let mut tx = person.change_self(&app).await?;
     user::set_password(&mut tx, person.id, &hash, app.clock.now()).await?;
     let ended = login_session::end_all(&mut tx, person.id, Some(person.session)).await?;
-    tx.commit(Entry::of("user.change_password", person.id)).await?;
+    tx.commit(Entry::of("user.change-password", person.id)).await?;
     app.metrics.sessions_ended.with_label_values(&["password"]).inc_by(ended);
     Ok(StatusCode::NO_CONTENT)
 }
@@ -129,7 +129,7 @@ pub(crate) async fn issue_reset(
 ) -> Result<(StatusCode, Json<ResetLink>), Problem> {
     let mut tx = caller.change(&app).await?;
     let issued = password_reset::issue(&mut tx, caller.manager(), id, &app.auth, app.clock.now()).await?;
-    tx.commit(Entry::of("user.issue_password_reset", id)).await?;
+    tx.commit(Entry::of("user.issue-password-reset", id)).await?;
     let token = issued.token.expose().to_owned();
     // Behind the hash no browser sends it anywhere, so it is in no proxy's log.
     let url = client.link(&format!("/password-reset#{token}"));

@@ -3,8 +3,9 @@
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use fleet_core::Error;
+use fleet_core::audit::Entry;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use utoipa::ToSchema;
 
 use crate::extract::{AccessManage, Can, Json, MaybeJson};
@@ -95,12 +96,9 @@ pub(crate) async fn rotate(
     caller: Can<AccessManage>,
     MaybeJson(request): MaybeJson<Rotate>,
 ) -> Result<Json<Rotated>, Problem> {
-    if !caller.manager().platform {
-        return Err(Error::NotPlatform("replace the key that signs access tokens").into());
-    }
-    let mut tx = app.begin().await?;
+    let mut tx = caller.change_platform(&app, "replace the key that signs access tokens").await?;
     let kid = app.keys.rotate(&mut tx, request.revoke).await?;
-    tx.commit().await?;
-    tracing::info!(kid, revoked = request.revoke, user.id = %caller.id, "access tokens are signed with a new key");
+    tx.commit(Entry::of("signing-key.rotate", &kid).after(&json!({ "revoke": request.revoke }))).await?;
+    tracing::info!(kid, revoked = request.revoke, "access tokens are signed with a new key");
     Ok(Json(Rotated { kid }))
 }

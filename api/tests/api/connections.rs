@@ -242,6 +242,10 @@ async fn a_disconnect_says_why_and_by_whom() {
     assert_eq!(broker.last(), Request::Disconnect { tenant, id, reason, end_session: false, by });
     api.post(&path, json!({ "reason": " moved ", "end_session": true })).await.expect(204);
     assert_eq!(broker.last(), Request::Disconnect { tenant, id, reason: "moved".into(), end_session: true, by });
+    let entry = api.get("/api/v1/audit?limit=1").await.expect(200).body["items"][0].clone();
+    assert_eq!((&entry["action"], &entry["resource"]["id"]), (&json!("connection.disconnect"), &json!(id)));
+    assert_eq!((&entry["device"], &entry["before"]["address"]), (&json!("boiler-1"), &json!("192.0.2.7:40312")));
+    assert_eq!(entry["after"], json!({ "reason": " moved ", "end_session": true }));
     for bad in [json!({ "reason": "" }), json!({ "reason": "x".repeat(201) }), json!({ "reason": "a\nb" })] {
         api.post(&path, bad).await.problem(400, "invalid");
     }
@@ -287,6 +291,12 @@ async fn a_trace_is_asked_for_read_and_ended() {
     assert_eq!(api.get(&format!("{path}?limit=1")).await.expect(200).body["items"].as_array().unwrap().len(), 1);
     api.ask("DELETE", &path).send().await.expect(204);
     assert_eq!(broker.last(), Request::TraceStop { tenant, id });
+    let entries = api.get("/api/v1/audit?action=connection").await.expect(200).body["items"].clone();
+    assert_eq!(
+        (&entries[0]["action"], &entries[1]["action"]),
+        (&json!("connection.untrace"), &json!("connection.trace"))
+    );
+    assert_eq!(entries[1]["after"], json!({ "minutes": 60 }));
     for minutes in [0, 61] {
         api.post(&path, json!({ "minutes": minutes })).await.problem(400, "invalid");
     }

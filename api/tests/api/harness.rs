@@ -33,6 +33,8 @@ pub(crate) struct Api {
     pub(crate) clock: Clock,
     pub(crate) keys: Arc<Keys>,
     pub(crate) admin: UserId,
+    /// What runs beside the router.
+    pub(crate) app: App,
     token: String,
     router: Router,
     _data_dir: tempfile::TempDir,
@@ -71,7 +73,7 @@ impl Api {
         let data_dir = tempfile::tempdir().unwrap();
         let pki = Pki::new(config.certificates.clone(), data_dir.path());
         let app = App::new(pool, clock.clone(), keys.clone(), pki, registry, &config, health).unwrap();
-        Self { router: api::router(app), db, clock, keys, admin, token, _data_dir: data_dir }
+        Self { router: api::router(app.clone()), app, db, clock, keys, admin, token, _data_dir: data_dir }
     }
 
     /// The patterns the router knows. Axum has no list of them, but prints them.

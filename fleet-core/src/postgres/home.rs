@@ -154,6 +154,12 @@ impl Home {
     }
 }
 
+/// The directory of the socket of a postmaster that runs, by its own word.
+pub(super) fn socket_dir_in_use(dir: &Path) -> Option<PathBuf> {
+    let said = fs::read_to_string(dir.join("data/postmaster.pid")).ok()?;
+    said.lines().nth(4).filter(|line| !line.is_empty()).map(PathBuf::from)
+}
+
 /// Why `setpriv`, through which all of PostgreSQL is started, did not start.
 pub(super) fn no_setpriv(e: &io::Error) -> Error {
     match e.kind() {

@@ -21,6 +21,7 @@ fn retention() -> Retention {
         dead_letter_max_rows: 1_000,
         connection_event_days: 30,
         connection_event_max_rows: 1_000,
+        audit_days: 0,
     }
 }
 
@@ -334,6 +335,7 @@ async fn what_is_kept_for_ever_is_never_dropped() {
         dead_letter_max_rows: i64::MAX,
         connection_event_days: u32::MAX,
         connection_event_max_rows: i64::MAX,
+        audit_days: u32::MAX,
     };
     assert_eq!(sweep(&mut conn, &always, now()).await.unwrap(), Swept::default());
     assert_eq!(next_drop(&mut conn, &always, now()).await.unwrap().map(|next| next.day), Some(day(-1)));

@@ -28,6 +28,9 @@ const ROWS: &str = "
                                expires_at, ends_at)
          select gen_random_uuid(), id, 'password', convert_to('$n', 'UTF8'), '', '', now(), now(), now(), now(), now()
            from app_user where tenant_key = $t;
+    insert into audit (tenant_key, seq, at, actor_kind, action, resource_kind, resource_id, device, prev_hash, hash)
+         values ($t, 1, now(), 'system', 'device.update', 'device', 'boiler-1', 'boiler-1', '', '');
+    insert into audit_head (tenant_key, seq, hash) values ($t, 1, '');
     insert into login_failure (kind, subject, user_id, failures, tried_at, blocked_until)
          select 'account', convert_to('$n', 'UTF8'), id, 1, now(), now() from app_user where tenant_key = $t;
     insert into password_reset (user_id, token_hash, created_at, expires_at)
@@ -342,8 +345,16 @@ async fn a_scope_hides_devices_and_what_hangs_on_them() {
         "insert into dead_letter select gen_random_uuid(), tenant_key, 'nobody', topic, reason, payload, received_at
                    from dead_letter";
     db.pool().execute(stray).await.unwrap();
-    let tables =
-        ["device", "credential", "device_status", "device_latest", "telemetry", "dead_letter", "connection_event"];
+    let tables = [
+        "device",
+        "credential",
+        "device_status",
+        "device_latest",
+        "telemetry",
+        "dead_letter",
+        "connection_event",
+        "audit",
+    ];
     let tables = tables.map(str::to_owned).into_iter().chain(["session".into(), "session_subscription".into()]);
     let tables = tables.collect::<Vec<_>>();
     let inside = r#"[{"group":"site"}]"#;

@@ -1,6 +1,6 @@
 //! Why somebody may, or may not: the decision of the policy, with the rule and the grant that decided.
 //!
-//! [`permission`] and [`topic`] go through the grants and rules as they are written, one by one. They are slow and plain on
+//! [`permission`] and [`topic`](fn@topic) go through the grants and rules as they are written, one by one. They are slow and plain on
 //! purpose: the doors ask the compiled forms of [`crate::policy`], and a property test holds that both always agree. Ignorant of:
 //! HTTP, MQTT.
 

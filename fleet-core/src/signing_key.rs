@@ -1,7 +1,7 @@
 //! The keys that sign access tokens: Ed25519 (RFC 8037), in the database, since several processes accept each other's
 //! tokens.
 //!
-//! [`Ring`] holds them in memory, [`rotate`] brings a new one, [`tend`] does so when the one in use is old and forgets what
+//! `Ring` holds them in memory, [`rotate`] brings a new one, [`tend`] does so when the one in use is old and forgets what
 //! is over. Holds: a new key signs only after [`ANNOUNCED`], when every process that looks once in [`REREAD`] knows it; the
 //! one before verifies what it signed for as long as the longest of its tokens lives, and nothing that says it was signed
 //! later; its private half is forgotten. Two processes that rotate at once rotate one after the other.

@@ -167,7 +167,7 @@ impl FromRequestParts<App> for Person {
 }
 
 /// The token of `Authorization: Bearer …` (RFC 6750 §2.1).
-fn bearer(headers: &HeaderMap) -> Result<&str, Problem> {
+pub(crate) fn bearer(headers: &HeaderMap) -> Result<&str, Problem> {
     let missing = || Problem::new(401, "no-token", "expected an access token: Authorization: Bearer …");
     let given = headers.get(header::AUTHORIZATION).ok_or_else(missing)?;
     let (scheme, token) = given.to_str().ok().and_then(|text| text.split_once(' ')).ok_or_else(missing)?;
@@ -201,7 +201,8 @@ rights!(
     ConnectionsManage,
     AuditRead,
     AccessManage,
-    AuthoritiesManage
+    AuthoritiesManage,
+    ProvisioningManage
 );
 
 /// A caller who holds the permission `R`.

@@ -31,9 +31,9 @@ pub use state::{App, Health};
 
 use problem::Problem;
 use routes::{
-    access, api_keys, audit, auth, authorities, bindings, certificates, connections, credentials, dead_letters,
-    devices, docs, import, login_failures, login_sessions, operations, passwords, roles, sessions, signing_keys,
-    telemetry, users,
+    access, api_keys, audit, auth, authorities, bindings, certificates, claims, connections, credentials, dead_letters,
+    devices, docs, import, login_failures, login_sessions, operations, passwords, provision, roles, sessions,
+    signing_keys, telemetry, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -65,6 +65,12 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(authorities::nonce))
         .routes(routes!(authorities::read, authorities::change, authorities::delete))
         .routes(routes!(authorities::crl, authorities::upload_crl))
+        .routes(routes!(claims::create, claims::list))
+        .routes(routes!(claims::requests))
+        .routes(routes!(claims::approve))
+        .routes(routes!(claims::reject))
+        .routes(routes!(claims::read, claims::revoke))
+        .routes(routes!(provision::provision))
         .routes(routes!(telemetry::series))
         .routes(routes!(telemetry::latest))
         .routes(routes!(dead_letters::list))
@@ -149,6 +155,7 @@ pub fn refusal(status: u16, kind: &'static str, detail: impl Into<String>) -> Re
         (name = "devices", description = "What the fleet is made of"),
         (name = "credentials", description = "By which devices prove who they are"),
         (name = "authorities", description = "Who signs the certificates of devices, and vouches for them"),
+        (name = "claims", description = "By which devices ask to come in"),
         (name = "telemetry", description = "What devices say about themselves"),
         (name = "dead-letters", description = "Payloads that could not be read"),
         (name = "sessions", description = "What outlives the connections of clients: subscriptions, and messages that wait"),
@@ -170,7 +177,9 @@ pub fn openapi_json() -> String {
     let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("JWT").build();
     let cookie =
         ApiKey::Cookie(ApiKeyValue::with_description("__Host-muster_refresh", "The refresh token of a browser."));
+    let claim = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("The secret of a claim.")).build();
     let components = document.components.get_or_insert_default();
+    components.add_security_scheme("claim", SecurityScheme::Http(claim));
     components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
     components.add_security_scheme("cookie", SecurityScheme::ApiKey(cookie));
     document.security = Some(vec![SecurityRequirement::new("bearer", Vec::<String>::new())]);

@@ -1,5 +1,6 @@
 //! The metrics of the HTTP door. Labels are closed: a route is the pattern that matched, never the path that was asked.
 
+use fleet_core::claim::request::{Answer, Code};
 use prometheus::process_collector::ProcessCollector;
 use prometheus::{HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry};
 
@@ -12,6 +13,7 @@ pub(crate) struct Metrics {
     pub(crate) problems: IntCounterVec,
     pub(crate) pages_clamped: IntCounter,
     pub(crate) logins_busy: IntCounter,
+    pub(crate) provision: IntCounterVec,
     pub(crate) logins_failed: IntCounterVec,
     pub(crate) logins_locked: IntCounterVec,
     pub(crate) sessions_ended: IntCounterVec,
@@ -42,6 +44,11 @@ impl Metrics {
             pages_clamped: IntCounter::new(
                 "muster_http_page_limit_clamped_total",
                 "Lists asked for with a limit above the largest page.",
+            )?,
+            provision: counters(
+                "muster_http_provision_total",
+                "Requests of devices to come in by a claim, by outcome.",
+                &["outcome"],
             )?,
             logins_busy: IntCounter::new(
                 "muster_logins_busy_total",
@@ -91,6 +98,10 @@ impl Metrics {
         registry.register(Box::new(metrics.seconds.clone()))?;
         registry.register(Box::new(metrics.problems.clone()))?;
         registry.register(Box::new(metrics.pages_clamped.clone()))?;
+        for outcome in Answer::OUTCOMES.into_iter().chain(Code::ALL.map(Code::name)) {
+            metrics.provision.with_label_values(&[outcome]);
+        }
+        registry.register(Box::new(metrics.provision.clone()))?;
         registry.register(Box::new(metrics.logins_busy.clone()))?;
         registry.register(Box::new(metrics.logins_failed.clone()))?;
         registry.register(Box::new(metrics.logins_locked.clone()))?;

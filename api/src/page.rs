@@ -6,7 +6,8 @@ use std::str::FromStr;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use fleet_core::id::{
-    ApiKeyId, BindingId, ConnectionEventId, ConnectionId, DeadLetterId, DeviceId, RoleId, SessionId, UserId,
+    ApiKeyId, BindingId, ClaimId, ClaimRequestId, ConnectionEventId, ConnectionId, DeadLetterId, DeviceId, RoleId,
+    SessionId, UserId,
 };
 use serde::{Serialize, Serializer};
 use utoipa::{IntoParams, ToSchema};
@@ -77,6 +78,10 @@ pub(crate) enum Cursor {
     ConnectionEvent(ConnectionEventId),
     /// In the audit.
     Audit(i64),
+    /// In the list of claims.
+    Claim(ClaimId),
+    /// In the list of what was asked by claims.
+    ClaimRequest(ClaimRequestId),
     /// In the readings of a device.
     Reading { ts_ms: i64, seq: i64 },
 }
@@ -94,6 +99,8 @@ impl Cursor {
             Self::Connection(id) => format!("c{id}"),
             Self::ConnectionEvent(id) => format!("e{id}"),
             Self::Audit(seq) => format!("a{seq}"),
+            Self::Claim(id) => format!("m{id}"),
+            Self::ClaimRequest(id) => format!("q{id}"),
             Self::Reading { ts_ms, seq } => format!("r{ts_ms},{seq}"),
         };
         URL_SAFE_NO_PAD.encode(plain)
@@ -113,6 +120,8 @@ impl Cursor {
             "c" => key.parse().ok().map(Self::Connection),
             "e" => key.parse().ok().map(Self::ConnectionEvent),
             "a" => key.parse().ok().map(Self::Audit),
+            "m" => key.parse().ok().map(Self::Claim),
+            "q" => key.parse().ok().map(Self::ClaimRequest),
             "r" => {
                 let (ts_ms, seq) = key.split_once(',')?;
                 Some(Self::Reading { ts_ms: ts_ms.parse().ok()?, seq: seq.parse().ok()? })
@@ -179,7 +188,9 @@ keys!(
     BindingId: Binding,
     ConnectionId: Connection,
     ConnectionEventId: ConnectionEvent,
-    i64: Audit
+    i64: Audit,
+    ClaimId: Claim,
+    ClaimRequestId: ClaimRequest
 );
 
 /// The key behind which a page is to begin; a cursor of another list is refused.
@@ -218,6 +229,8 @@ mod tests {
                 Cursor::User(id.into()),
                 Cursor::ApiKey(id.into()),
                 Cursor::Audit(seq),
+                Cursor::Claim(id.into()),
+                Cursor::ClaimRequest(id.into()),
                 Cursor::Binding(id.into()),
             ];
             for cursor in ids.into_iter().chain([Cursor::Reading { ts_ms, seq }]).chain(device).chain(role) {

@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 /// The media type of a problem.
 pub(crate) const MEDIA_TYPE: &str = "application/problem+json";
 /// Types of problems that say a bound was hit.
-pub(crate) const BOUNDS: [&str; 11] = [
+pub(crate) const BOUNDS: [&str; 13] = [
     "login-locked",
     "body-too-large",
     "busy",
@@ -26,6 +26,8 @@ pub(crate) const BOUNDS: [&str; 11] = [
     "too-many-traces",
     "too-many",
     "too-many-rows",
+    "rate-limited",
+    "provision-full",
 ];
 /// When to come back after a 429 or 503 that does not know better, in seconds.
 const RETRY_AFTER_S: u64 = 1;
@@ -256,6 +258,10 @@ impl From<Error> for Problem {
             Error::RoleBuiltIn(_) => (409, "role-built-in"),
             Error::EmailTaken => (409, "email-taken"),
             Error::LastAdmin(_) => (409, "last-admin"),
+            Error::NoSuchClaim(_) => (404, "no-such-claim"),
+            Error::NoSuchClaimRequest(_) => (404, "no-such-claim-request"),
+            Error::ClaimUsedUp(_) => (409, "claim-used-up"),
+            Error::Decided(_) => (409, "decided-already"),
             Error::TooMany { .. } => (409, "too-many"),
             Error::NotPlatform(_) => (403, "forbidden"),
             Error::BadRule(rule) => {

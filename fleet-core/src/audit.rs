@@ -24,7 +24,7 @@ pub use chain::{Chain, EXPIRE_ROWS, Fault, Head, Report, Row, Trailer, expire, r
 pub use list::{Filter, MAX_PAGE, find, page};
 
 use crate::Result;
-use crate::id::{ApiKeyId, DeviceId, TenantId, TenantKey, UserId};
+use crate::id::{ApiKeyId, ClaimId, DeviceId, TenantId, TenantKey, UserId};
 
 /// Longest `before` and `after`, in bytes of JSON; of a longer one its hash and length are kept.
 pub const MAX_BODY_BYTES: usize = 65_536;
@@ -40,6 +40,8 @@ pub enum Actor {
     ApiKey(ApiKeyId),
     /// A device, by its own credential.
     Device(DeviceId),
+    /// Somebody who shows the secret of a claim.
+    Claim(ClaimId),
     /// The server by itself: which part of it.
     System(&'static str),
     /// Somebody unknown: what was given for a name.
@@ -52,6 +54,7 @@ impl Actor {
             Self::User(_) => "user",
             Self::ApiKey(_) => "api-key",
             Self::Device(_) => "device",
+            Self::Claim(_) => "claim",
             Self::System(_) => "system",
             Self::Unknown(_) => "unknown",
         }
@@ -62,6 +65,7 @@ impl Actor {
             Self::User(id) => Some(id.to_string()),
             Self::ApiKey(id) => Some(id.to_string()),
             Self::Device(id) => Some(id.to_string()),
+            Self::Claim(id) => Some(id.to_string()),
             Self::System(_) | Self::Unknown(_) => None,
         }
     }
@@ -69,7 +73,7 @@ impl Actor {
     /// The name that is known without asking the database.
     fn name(&self) -> Option<String> {
         match self {
-            Self::User(_) | Self::ApiKey(_) => None,
+            Self::User(_) | Self::ApiKey(_) | Self::Claim(_) => None,
             Self::Device(id) => Some(id.to_string()),
             Self::System(part) => Some((*part).to_owned()),
             Self::Unknown(given) => Some(given.clone()),

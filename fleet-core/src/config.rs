@@ -235,6 +235,12 @@ pub struct Provisioning {
     pub max_import_rows: usize,
     pub max_import_bytes: usize,
     pub max_children: usize,
+    pub max_claims: usize,
+    pub max_claim_s: u64,
+    pub max_claim_devices: u32,
+    pub max_claim_requests: usize,
+    pub max_pending: usize,
+    pub claim_requests_per_minute: u32,
 }
 
 /// `[certificates]`

@@ -547,6 +547,26 @@ async fn insert(db: &mut PgConnection, device: &Locked, id: &DeviceId, now: Date
     Ok(Issued { id: credential, username, password, created_at: now, expires_at: None })
 }
 
+/// Takes a token that a new device has made itself, by the SHA-256 of it.
+pub(crate) async fn accept(
+    db: &mut PgConnection,
+    device: DeviceKey,
+    hash: &[u8; 32],
+    now: DateTime<Utc>,
+) -> Result<CredentialId> {
+    let credential = CredentialId::new();
+    sqlx::query!(
+        "insert into credential (id, device_key, secret_hash, created_at) values ($1, $2, $3, $4)",
+        credential.uuid(),
+        device.0,
+        &hash[..],
+        now
+    )
+    .execute(db)
+    .await?;
+    Ok(credential)
+}
+
 /// Forgets ended credentials beyond [`MAX_ENDED`], so that a device that rotates for years stays small. A certificate that was
 /// revoked is not forgotten before its own end: else one that an authority vouches for would open the door again.
 async fn forget(db: &mut PgConnection, device: DeviceKey, now: DateTime<Utc>) -> Result<()> {

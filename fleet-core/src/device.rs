@@ -250,6 +250,18 @@ pub async fn enrol(
     new: &NewDevice,
     now: DateTime<Utc>,
 ) -> Result<(Device, Issued)> {
+    let device = add(db, tenant, new, now).await?;
+    let issued = credential::issue(db, tenant, &new.id, now).await?;
+    Ok((device, issued))
+}
+
+/// Enrols a device that has no credential as yet. To be called in a transaction.
+pub(crate) async fn add(
+    db: &mut PgConnection,
+    tenant: TenantKey,
+    new: &NewDevice,
+    now: DateTime<Utc>,
+) -> Result<Device> {
     let gateway = match &new.gateway {
         None => None,
         Some(gateway) if *gateway == new.id => return Err(Error::BadGateway(gateway.clone())),
@@ -271,11 +283,10 @@ pub async fn enrol(
     .execute(&mut *db)
     .await
     .or_on("device_id_key", || Error::DeviceExists(new.id.clone()))?;
-    let issued = credential::issue(db, tenant, &new.id, now).await?;
     if gateway.is_some() {
         control::bump(db).await?;
     }
-    Ok((find(db, tenant, &new.id).await?, issued))
+    find(db, tenant, &new.id).await
 }
 
 /// The device of that name.

@@ -2,7 +2,8 @@
 //! the broker to a reason code.
 
 use crate::id::{
-    ApiKeyId, AuthorityId, BadId, BindingId, CredentialId, DeviceId, LoginSessionId, RoleId, SessionId, UserId,
+    ApiKeyId, AuthorityId, BadId, BindingId, ClaimId, ClaimRequestId, CredentialId, DeviceId, LoginSessionId, RoleId,
+    SessionId, UserId,
 };
 use crate::topic_rule::BadRule;
 
@@ -117,6 +118,18 @@ pub enum Error {
     /// No such API key in the caller's tenant.
     #[error("API key {0} does not exist")]
     NoSuchApiKey(ApiKeyId),
+    /// No such claim in the caller's tenant.
+    #[error("claim {0} does not exist")]
+    NoSuchClaim(ClaimId),
+    /// No such request in the caller's tenant.
+    #[error("request {0} does not exist")]
+    NoSuchClaimRequest(ClaimRequestId),
+    /// As many devices as a claim was made for have come.
+    #[error("claim {0} is used up: as many devices as it was made for have come")]
+    ClaimUsedUp(ClaimId),
+    /// Somebody has decided already.
+    #[error("request {0} is decided already")]
+    Decided(ClaimRequestId),
     /// A tenant has as many as its bound allows.
     #[error("there are {most} {what} already: expected at most that many")]
     TooMany {

@@ -196,6 +196,8 @@ id!(ConnectionId, "con", "connection of a client");
 id!(ConnectionEventId, "cev", "connection event");
 id!(SessionId, "ses", "session");
 id!(LoginSessionId, "lgs", "login session");
+id!(ClaimId, "clm", "claim");
+id!(ClaimRequestId, "crq", "request by a claim");
 
 #[cfg(test)]
 mod tests {

@@ -5,6 +5,7 @@
 //! | names and keys: tenant, device, credential, user, session | [`id`] |
 //! | the topic grammar | [`topic`] |
 //! | a device, its lifecycle and labels | [`device`] |
+//! | secrets by which devices ask to come in, and what they ask | [`claim`] |
 //! | gateways, and the children they act for | [`gateway`] |
 //! | many devices at once, from a file | [`import`] |
 //! | a device's tokens and certificates | [`credential`], [`certificate`], [`csr`] |
@@ -43,6 +44,7 @@ pub mod audit;
 pub mod authority;
 pub mod binding;
 pub mod certificate;
+pub mod claim;
 pub mod clock;
 pub mod config;
 pub mod connection_event;

@@ -104,6 +104,8 @@ permissions! {
     AccessManage = "access:manage", Tenant, [];
     /// make, register, disable, delete certificate authorities
     AuthoritiesManage = "authorities:manage", Tenant, [];
+    /// make and revoke claims, by which devices ask to come in, and approve what they ask
+    ProvisioningManage = "provisioning:manage", Tenant, [];
 }
 
 impl Permission {
@@ -214,6 +216,7 @@ impl Role {
                 P::DeadLettersRead,
                 P::ConnectionsRead,
                 P::ConnectionsManage,
+                P::ProvisioningManage,
             ],
             Self::ReleaseManager => &[
                 P::DevicesRead,

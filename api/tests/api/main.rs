@@ -7,6 +7,7 @@ mod api_keys;
 mod audit;
 mod authorities;
 mod bindings;
+mod claims;
 mod connections;
 mod credentials;
 mod dead_letters;

@@ -30,6 +30,9 @@ pub(crate) fn body(method: &str, path: &str) -> Value {
         ("POST", "/api/v1/authorities") => json!({ "name": "ca", "kind": "built-in" }),
         ("POST", "/api/v1/devices/{id}/certificates") => json!({ "csr_pem": csr() }),
         ("PUT", "/api/v1/authorities/{id}/crl") => json!({ "crl_pem": "x" }),
+        ("POST", "/api/v1/claims") => {
+            json!({ "name": "c", "approval": "auto", "max_devices": 1, "expires_in_s": 60 })
+        }
         ("PATCH", "/api/v1/users/{id}" | "/api/v1/devices/{id}" | "/api/v1/authorities/{id}") => {
             json!({ "disabled": true })
         }
@@ -43,8 +46,16 @@ fn csr() -> String {
 }
 
 /// Words that no stranger may read.
-const MARKS: [&str; 7] =
-    ["group-of-main", "boiler-1", "ada@example.com", "orders", "a secret payload", "client-of-main", "ca-of-main"];
+const MARKS: [&str; 8] = [
+    "claim-of-main",
+    "group-of-main",
+    "boiler-1",
+    "ada@example.com",
+    "orders",
+    "a secret payload",
+    "client-of-main",
+    "ca-of-main",
+];
 
 impl Main {
     pub(crate) async fn with_one_of_each() -> Self {
@@ -59,6 +70,12 @@ impl Main {
         let authority = api.post("/api/v1/authorities", authority).await.expect(201);
         let certificate =
             api.post("/api/v1/devices/boiler-1/certificates", json!({ "csr_pem": csr() })).await.expect(201);
+        let claim = json!({ "name": "claim-of-main", "approval": "manual", "max_devices": 1, "expires_in_s": 60 });
+        let claim = api.post("/api/v1/claims", claim).await.expect(201);
+        let asked = json!({ "id": "freezer-1", "nonce": "0123456789abcdef", "token_sha256": "0".repeat(64) });
+        let secret = claim.body["secret"].as_str().unwrap();
+        api.as_who(secret, "POST", "/api/v1/provision").json(&asked).send().await.expect(202);
+        let asked = api.get("/api/v1/claims/requests").await.expect(200);
         let session = Uuid::now_v7();
         let sql = format!(
             "insert into session (id, name, tenant_key, device_key, client_id, expiry_s, connected, since, created_at)
@@ -88,6 +105,8 @@ impl Main {
             ("api-keys", text(&key.body["id"]), nobodys("key")),
             ("sessions", format!("ses_{}", session.simple()), nobodys("ses")),
             ("connections", nobodys("con"), nobodys("con")),
+            ("claims", text(&claim.body["id"]), nobodys("clm")),
+            ("requests", asked.ids()[0].to_owned(), nobodys("crq")),
         ];
         Self { api, ids }
     }
@@ -155,7 +174,9 @@ pub(crate) fn routes() -> Vec<(String, String, Vec<String>)> {
     let mut routes = Vec::new();
     for (path, item) in document["paths"].as_object().unwrap() {
         for (method, operation) in item.as_object().unwrap() {
-            let open = operation["security"].as_array().is_some_and(Vec::is_empty);
+            let open = operation["security"].as_array().is_some_and(Vec::is_empty)
+                // Its token is that of a claim, which names the tenant.
+                || operation["security"][0]["claim"].is_array();
             if open || path.starts_with("/api/v1/auth/logout") || path == "/api/v1/auth/refresh" {
                 continue;
             }

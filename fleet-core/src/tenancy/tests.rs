@@ -50,6 +50,12 @@ const ROWS: &str = "
     insert into shape (tenant_key, digest, metrics, kinds) values ($t, '', '{temp}', 'n');
     insert into telemetry (device_key, ts, seq, shape_id, nums)
          select d.key, now(), 1, s.id, '{21.5}' from device d join shape s using (tenant_key) where tenant_key = $t;
+    insert into claim (id, tenant_key, name, secret_hash, approval, max_devices, created_by, created_at, expires_at)
+         values (gen_random_uuid(), $t, 'c', convert_to('$n', 'UTF8'), 'auto', 1, gen_random_uuid(), now(), now());
+    insert into claim_request (id, claim_id, tenant_key, device_id, nonce, token_hash, labels, asker, address, state, asked_at,
+                               last_asked_at)
+         select gen_random_uuid(), id, $t, 'freezer-1', 'n', '', '{}', 'a', 'a', 'pending', now(), now()
+           from claim where tenant_key = $t;
     insert into dead_letter (id, tenant_key, device_id, topic, reason, payload, received_at)
          values (gen_random_uuid(), $t, 'boiler-1', 't', 'r', '', now());
     insert into idempotency (tenant_key, user_id, key, request_hash, status, answer, created_at)

@@ -1,6 +1,6 @@
 //! What is asked by a claim: to become a device of the fleet.
 //!
-//! A request is read by [`Request::decode`] and answered by [`ask`]; one that waits is decided by [`approve`] or [`reject`] and
+//! A request is read by [`Request::decode`] and answered by `ask`; one that waits is decided by [`approve`] or [`reject`] and
 //! asked for again by its device. Holds: a request that comes again with the same nonce is the same request, makes one device and
 //! has one answer; no answer holds a secret that somebody else could use: the device made its token itself and shows the hash of
 //! it, or the token is sealed with HPKE (RFC 9180) to the public key it showed (ADR 10); whatever cannot be granted is answered with

@@ -64,6 +64,8 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(authorities::create, authorities::list))
         .routes(routes!(authorities::nonce))
         .routes(routes!(authorities::read, authorities::change, authorities::delete))
+        .routes(routes!(authorities::request))
+        .routes(routes!(authorities::place))
         .routes(routes!(authorities::crl, authorities::upload_crl))
         .routes(routes!(claims::create, claims::list))
         .routes(routes!(claims::requests))

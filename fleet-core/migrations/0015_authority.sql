@@ -6,6 +6,7 @@ create table authority (
     name            text        not null,
     kind            text        not null constraint authority_kind_check check (kind in ('built-in', 'registered')),
     certificate     bytea       not null,  -- DER
+    chain           bytea[]     not null default '{}',  -- DER: of those above it, the nearest first
     fingerprint     bytea       not null,  -- its SHA-256
     subject_digest  bytea       not null,  -- SHA-256 of its subject, which is the issuer in what it signs
     sealed_key      bytea       null,      -- PKCS#8, encrypted with a key that is in no row

@@ -8,6 +8,7 @@
 //! Ignorant of: TLS, MQTT, HTTP. Chains are checked by whoever speaks TLS.
 
 mod signing;
+mod subordinate;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ use crate::policy::{Principal, Proof, Vouched, Who};
 use crate::role;
 use crate::seal::Seal;
 pub(crate) use signing::Signer;
+pub use subordinate::{MAX_CHAIN, place_below, signing_request};
 
 /// Longest name, in characters: it is a common name.
 pub const MAX_NAME_CHARS: usize = 64;
@@ -137,6 +139,8 @@ pub struct Authority {
     pub kind: Kind,
     /// Its certificate.
     pub certificate: Certificate,
+    /// Those of the authorities above it, in DER, the nearest first.
+    pub chain: Vec<Vec<u8>>,
     /// Whether its certificates are worth nothing for the time being, and it signs none.
     pub disabled: bool,
     /// The number of its newest revocation list, if there is one.
@@ -315,7 +319,7 @@ pub async fn list(db: &mut PgConnection, tenant: TenantKey) -> Result<Vec<Author
 async fn read(db: &mut PgConnection, tenant: TenantKey, id: Option<AuthorityId>) -> Result<Vec<Authority>> {
     let rows = sqlx::query!(
         r#"
-        select a.id as "id: AuthorityId", a.name, a.sealed_key is not null as "built_in!", a.certificate, a.disabled,
+        select a.id as "id: AuthorityId", a.name, a.sealed_key is not null as "built_in!", a.certificate, a.chain, a.disabled,
                l.number as "crl_number?", l.next_update as "crl_next_update?", a.version, a.created_at, a.updated_at
           from authority a
           left join revocation_list l on l.authority_id = a.id
@@ -335,6 +339,7 @@ async fn read(db: &mut PgConnection, tenant: TenantKey, id: Option<AuthorityId>)
                 name: row.name,
                 kind: if row.built_in { Kind::BuiltIn } else { Kind::Registered },
                 certificate,
+                chain: row.chain,
                 disabled: row.disabled,
                 crl_number: row.crl_number.and_then(|bytes| bytes.try_into().ok()),
                 crl_next_update: row.crl_next_update,
@@ -433,7 +438,8 @@ pub(crate) async fn locked(
 pub(crate) struct Signed {
     pub(crate) authority: AuthorityId,
     pub(crate) der: Vec<u8>,
-    pub(crate) authority_der: Vec<u8>,
+    /// Of its authority, and of those above that.
+    pub(crate) chain: Vec<Vec<u8>>,
 }
 
 /// Signs a certificate for a device of this tenant: by that authority, or by the newest built-in one that is enabled. It ends
@@ -453,12 +459,14 @@ pub(crate) async fn sign(
     let signer = row.signer(pki)?;
     let not_after = not_after.min(row.not_after);
     let der = signer.device(request, device, pki.crl_uri(row.id), now, not_after)?;
-    Ok(Signed { authority: row.id, der, authority_der: row.certificate })
+    let chain = std::iter::once(row.certificate).chain(row.chain).collect();
+    Ok(Signed { authority: row.id, der, chain })
 }
 
 struct SigningRow {
     id: AuthorityId,
     certificate: Vec<u8>,
+    chain: Vec<Vec<u8>>,
     sealed_key: Option<Vec<u8>>,
     disabled: bool,
     not_after: DateTime<Utc>,
@@ -486,7 +494,7 @@ async fn signing_row(
     let row = sqlx::query_as!(
         SigningRow,
         r#"
-        select id as "id: AuthorityId", certificate, sealed_key, disabled, not_after
+        select id as "id: AuthorityId", certificate, chain, sealed_key, disabled, not_after
           from authority
          where tenant_key = $1
            and (id = $2 or $2 is null and sealed_key is not null and not disabled and not_after > $3)

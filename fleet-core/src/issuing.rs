@@ -30,7 +30,7 @@ pub struct Issued {
     pub registered: Registered,
     /// Itself, in PEM.
     pub pem: String,
-    /// The certificates that lead from its authority to one that is trusted, in PEM: so far the authority's own.
+    /// The certificates of its authority and of those above that, in PEM.
     pub chain: String,
 }
 
@@ -58,13 +58,13 @@ async fn keep(db: &mut PgConnection, device: &Locked, signed: &Signed, now: Date
     let certificate = Certificate::from_der(&signed.der)?;
     let by = Some((signed.authority, Some(&signed.der[..])));
     let credential = credential::insert_certificate(db, device, &certificate, by, now).await?;
-    issued(credential, &signed.der, &signed.authority_der)
+    issued(credential, &signed.der, &signed.chain)
 }
 
-fn issued(credential: Credential, der: &[u8], authority_der: &[u8]) -> Result<Issued> {
+fn issued(credential: Credential, der: &[u8], chain: &[Vec<u8>]) -> Result<Issued> {
     let registered = credential.certificate.clone();
     let registered = registered.ok_or_else(|| Error::Internal("a certificate that is none".into()))?;
-    let (pem, chain) = (to_pem("CERTIFICATE", der), to_pem("CERTIFICATE", authority_der));
+    let (pem, chain) = (to_pem("CERTIFICATE", der), chain.iter().map(|der| to_pem("CERTIFICATE", der)).collect());
     Ok(Issued { credential, registered, pem, chain })
 }
 
@@ -352,7 +352,7 @@ async fn make_way(
 async fn again(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId, credential: CredentialId) -> Result<Issued> {
     let row = sqlx::query!(
         r#"
-        select c.der as "der!", a.certificate
+        select c.der as "der!", array_prepend(a.certificate, a.chain) as "chain!"
           from credential c
           join authority a on a.id = c.authority_id
          where c.id = $1 and c.der is not null
@@ -362,7 +362,7 @@ async fn again(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId, credenti
     let row = row.fetch_optional(&mut *db).await?.ok_or(Error::NoSuchCredential(credential))?;
     let listed = credential::list(db, tenant, id).await?;
     let found = listed.into_iter().find(|one| one.id == credential).ok_or(Error::NoSuchCredential(credential))?;
-    issued(found, &row.der, &row.certificate)
+    issued(found, &row.der, &row.chain)
 }
 
 #[cfg(test)]

@@ -59,6 +59,8 @@ pub(crate) struct AuthorityBody {
     fingerprint: String,
     /// Its certificate in PEM: those who check certificates of this authority need it.
     certificate_pem: String,
+    /// The certificates of the authorities above it, in PEM, the nearest first; empty when there are none.
+    chain_pem: String,
     /// It is not valid before.
     #[serde(serialize_with = "time::serialize")]
     not_before: DateTime<Utc>,
@@ -82,7 +84,8 @@ pub(crate) struct AuthorityBody {
 
 impl AuthorityBody {
     fn new(authority: Authority) -> Self {
-        let Authority { id, name, kind, certificate, disabled, crl_number, crl_next_update, version, .. } = authority;
+        let Authority { id, name, kind, certificate, chain, disabled, crl_number, crl_next_update, version, .. } =
+            authority;
         Self {
             id,
             name,
@@ -93,6 +96,7 @@ impl AuthorityBody {
             disabled,
             fingerprint: certificate.fingerprint.to_string(),
             certificate_pem: to_pem("CERTIFICATE", &certificate.der),
+            chain_pem: chain.iter().map(|der| to_pem("CERTIFICATE", der)).collect(),
             subject: certificate.subject,
             not_before: certificate.not_before,
             not_after: certificate.not_after,
@@ -320,6 +324,81 @@ pub(crate) async fn delete(
     let old = authority::delete(&mut tx, caller.tenant, id, &conditions.versions(), now).await?;
     tx.commit(Entry::of("authority.delete", id).before(&AuthorityBody::new(old))).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+// Below another authority
+
+/// A request for a certificate.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct AuthorityRequest {
+    /// In PEM (PKCS #10).
+    csr_pem: String,
+}
+
+/// Read the signing request of a built-in authority
+///
+/// For another authority to sign, so that what the built-in one signs leads there. Its key stays here.
+#[utoipa::path(
+    get, path = "/api/v1/authorities/{id}/csr", tag = "authorities",
+    params(("id" = String, Path, description = "The authority's id")),
+    security(("bearer" = ["authorities:manage"])),
+    responses(
+        (status = 200, description = "The request.", body = AuthorityRequest),
+        (status = 404, description = "There is no such authority.", body = Document, content_type = "application/problem+json"),
+        (status = 409, description = "It is registered: its key is elsewhere.", body = Document, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn request(
+    State(app): State<App>,
+    caller: Can<AuthoritiesManage>,
+    Path(id): Path<AuthorityId>,
+) -> Result<Json<AuthorityRequest>, Problem> {
+    let mut tx = caller.read(&app).await?;
+    let csr_pem = authority::signing_request(&mut tx, &app.pki, caller.tenant, id).await?;
+    Ok(Json(AuthorityRequest { csr_pem }))
+}
+
+/// What another authority has signed.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Placed {
+    /// The certificate for the built-in authority, in PEM: its name, its key, CA:TRUE, keyCertSign and cRLSign.
+    certificate_pem: String,
+    /// The certificates of the authorities above, in PEM, the nearest first: at most four.
+    chain_pem: String,
+}
+
+/// Place a built-in authority below another
+///
+/// Certificates that it signs from now on come with its new certificate and the chain. Those it has signed go on as they are.
+#[utoipa::path(
+    put, path = "/api/v1/authorities/{id}/certificate", tag = "authorities", request_body = Placed,
+    params(
+        ("id" = String, Path, description = "The authority's id"),
+        ("If-Match" = Option<String>, Header, description = "The ETag of what the caller read"),
+    ),
+    security(("bearer" = ["authorities:manage"])),
+    responses(
+        (status = 200, description = "The authority as it is now.", body = AuthorityBody, headers(("ETag" = String, description = "For If-Match."))),
+        (status = 400, description = "It is no certificate for this authority, or the chain does not lead on.", body = Document, content_type = "application/problem+json"),
+        (status = 404, description = "There is no such authority.", body = Document, content_type = "application/problem+json"),
+        (status = 409, description = "It is registered.", body = Document, content_type = "application/problem+json"),
+        (status = 412, description = "It has changed since.", body = Document, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn place(
+    State(app): State<App>,
+    caller: Can<AuthoritiesManage>,
+    Path(id): Path<AuthorityId>,
+    conditions: Conditions,
+    Json(Placed { certificate_pem, chain_pem }): Json<Placed>,
+) -> Result<Response, Problem> {
+    let (mut tx, now) = (caller.change(&app).await?, app.clock.now());
+    let pems = (certificate_pem.as_str(), chain_pem.as_str());
+    let (old, new) = authority::place_below(&mut tx, caller.tenant, id, pems, &conditions.versions(), now).await?;
+    let (old, new) = (AuthorityBody::new(old), AuthorityBody::new(new));
+    tx.commit(Entry::of("authority.place", id).before(&old).after(&new)).await?;
+    Ok(current(new))
 }
 
 // Revocation lists

@@ -260,7 +260,35 @@ async fn who_may_issue_does_not_manage_authorities() {
         ("PATCH", &path),
         ("DELETE", &path),
         ("PUT", &format!("{path}/crl")),
+        ("GET", &format!("{path}/csr")),
+        ("PUT", &format!("{path}/certificate")),
     ] {
         api.as_who(&token, method, path).json(&json!({})).send().await.problem(403, "forbidden");
     }
+}
+
+#[tokio::test]
+async fn a_built_in_authority_is_placed_below_another() {
+    let api = Api::start().await;
+    api.enrol("d").await;
+    let (authority, root) = (built_in(&api, "Oslo").await, Foreign::new());
+    let path = path(&authority);
+    let csr_pem = api.get(&format!("{path}/csr")).await.expect(200).body["csr_pem"].as_str().unwrap().to_owned();
+    let request = rcgen::CertificateSigningRequestParams::from_pem(&csr_pem).unwrap();
+    let certificate = request.signed_by(&Issuer::from_params(&root.params, &root.key)).unwrap().pem();
+    let chain = root.params.self_signed(&root.key).unwrap().pem();
+    let place = |chain: &str| {
+        let body = json!({"certificate_pem": certificate, "chain_pem": chain});
+        api.ask("PUT", &format!("{path}/certificate")).header("if-match", "\"1\"").json(&body)
+    };
+    place("").send().await.problem(400, "invalid");
+    let placed = place(&chain).send().await.expect(200);
+    assert_eq!((&placed.body["certificate_pem"], &placed.body["chain_pem"]), (&json!(certificate), &json!(chain)));
+    place(&chain).send().await.problem(412, "version-mismatch");
+    let signed = api.post("/api/v1/devices/d/certificates", json!({"csr_pem": csr()})).await.expect(201).body;
+    assert_eq!(signed["chain_pem"], format!("{certificate}{chain}"));
+    let registered = root.register(&api).await;
+    api.get(&format!("/api/v1/authorities/{}/csr", registered["id"].as_str().unwrap()))
+        .await
+        .problem(409, "cannot-sign");
 }

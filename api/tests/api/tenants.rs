@@ -33,6 +33,7 @@ pub(crate) fn body(method: &str, path: &str) -> Value {
         ("POST", "/api/v1/claims") => {
             json!({ "name": "c", "approval": "auto", "max_devices": 1, "expires_in_s": 60 })
         }
+        ("PUT", "/api/v1/authorities/{id}/certificate") => json!({ "certificate_pem": "x", "chain_pem": "x" }),
         ("PATCH", "/api/v1/users/{id}" | "/api/v1/devices/{id}" | "/api/v1/authorities/{id}") => {
             json!({ "disabled": true })
         }

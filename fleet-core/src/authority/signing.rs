@@ -12,6 +12,9 @@ use rcgen::{
     DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256,
     RevokedCertParams, SerialNumber, SubjectPublicKeyInfo,
 };
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::ParsedExtension;
+use x509_parser::prelude::FromDer;
 use zeroize::Zeroizing;
 
 use crate::certificate::Serial;
@@ -27,7 +30,10 @@ const MAX_COMMON_NAME: usize = 64;
 const SERIAL_BYTES: usize = 16;
 
 /// A key and the certificate that says whose it is.
-pub(crate) struct Signer(Issuer<'static, KeyPair>);
+pub(crate) struct Signer {
+    issuer: Issuer<'static, KeyPair>,
+    key_id: KeyIdMethod,
+}
 
 /// A new authority that nobody but itself has signed: its certificate and its key (PKCS#8).
 pub(super) fn new_authority(
@@ -37,20 +43,37 @@ pub(super) fn new_authority(
     not_after: DateTime<Utc>,
 ) -> Result<(Vec<u8>, Zeroizing<Vec<u8>>)> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(failed)?;
-    let mut params = params(now, not_after)?;
-    params.distinguished_name.push(DnType::OrganizationName, tenant.as_str());
+    let params = authority_params(tenant.as_str(), name, params(now, not_after)?);
+    let certificate = params.self_signed(&key).map_err(failed)?;
+    Ok((certificate.der().to_vec(), Zeroizing::new(key.serialize_der())))
+}
+
+fn authority_params(organization: &str, name: &str, mut params: CertificateParams) -> CertificateParams {
+    params.distinguished_name.push(DnType::OrganizationName, organization);
     params.distinguished_name.push(DnType::CommonName, name);
     // It signs devices, and no further authorities.
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    let certificate = params.self_signed(&key).map_err(failed)?;
-    Ok((certificate.der().to_vec(), Zeroizing::new(key.serialize_der())))
+    params
 }
 
 impl Signer {
     pub(super) fn new(certificate: &[u8], key: &[u8]) -> Result<Self> {
         let key = KeyPair::from_pkcs8_der_and_sign_algo(&key.into(), &PKCS_ECDSA_P256_SHA256).map_err(failed)?;
-        Issuer::from_ca_cert_der(&certificate.into(), key).map(Self).map_err(failed)
+        let issuer = Issuer::from_ca_cert_der(&certificate.into(), key).map_err(failed)?;
+        let (_, read) = X509Certificate::from_der(certificate).map_err(|_| Error::Internal("no certificate".into()))?;
+        // Whoever signed it may have named its key in another way.
+        let named = read.iter_extensions().find_map(|extension| match extension.parsed_extension() {
+            ParsedExtension::SubjectKeyIdentifier(id) => Some(KeyIdMethod::PreSpecified(id.0.to_vec())),
+            _ => None,
+        });
+        Ok(Self { issuer, key_id: named.unwrap_or(KeyIdMethod::Sha256) })
+    }
+
+    /// A request for a certificate of another authority, in PEM: under the same name, with the same key.
+    pub(super) fn request(&self, organization: &str, name: &str) -> Result<String> {
+        let params = authority_params(organization, name, blank()?);
+        params.serialize_request(self.issuer.key()).and_then(|request| request.pem()).map_err(failed)
     }
 
     /// A certificate for a device, with the key of its request; `crl` is where the revocation list can be had.
@@ -71,7 +94,7 @@ impl Signer {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
         params.crl_distribution_points = crl.into_iter().map(|uri| CrlDistributionPoint { uris: vec![uri] }).collect();
-        Ok(params.signed_by(&key, &self.0).map_err(failed)?.der().to_vec())
+        Ok(params.signed_by(&key, &self.issuer).map_err(failed)?.der().to_vec())
     }
 
     pub(crate) fn revocation_list(
@@ -93,9 +116,9 @@ impl Signer {
             crl_number: SerialNumber::from_slice(number.significant()),
             issuing_distribution_point: None,
             revoked_certs: revoked.iter().map(entry).collect(),
-            key_identifier_method: KeyIdMethod::Sha256,
+            key_identifier_method: self.key_id.clone(),
         };
-        Ok(list.signed_by(&self.0).map_err(failed)?.der().to_vec())
+        Ok(list.signed_by(&self.issuer).map_err(failed)?.der().to_vec())
     }
 }
 
@@ -108,10 +131,15 @@ fn common_name(tenant: &TenantId, device: &DeviceId) -> String {
 fn params(now: DateTime<Utc>, not_after: DateTime<Utc>) -> Result<CertificateParams> {
     let mut serial = [0; SERIAL_BYTES];
     rand::fill(&mut serial).map_err(|_| Error::Internal("no random numbers".into()))?;
-    let mut params = CertificateParams::new(Vec::new()).map_err(failed)?;
+    let mut params = blank()?;
     params.serial_number = Some(SerialNumber::from_slice(&serial));
     params.not_before = SystemTime::from(now - BACKDATED).into();
     params.not_after = SystemTime::from(not_after).into();
+    Ok(params)
+}
+
+fn blank() -> Result<CertificateParams> {
+    let mut params = CertificateParams::new(Vec::new()).map_err(failed)?;
     params.distinguished_name = DistinguishedName::new();
     Ok(params)
 }

@@ -397,3 +397,90 @@ async fn a_certificate_registered_by_itself_is_known_to_its_authority() {
         assert_eq!(kept.certificate.unwrap().authority, expected);
     }
 }
+
+/// What somebody above signs for a request, as an authority or as something else.
+fn placed(above: &Foreign, csr: &str, change: impl FnOnce(&mut CertificateParams)) -> String {
+    let mut request = rcgen::CertificateSigningRequestParams::from_pem(csr).unwrap();
+    change(&mut request.params);
+    request.signed_by(&Issuer::from_params(&above.params, &above.key)).unwrap().pem()
+}
+
+#[tokio::test]
+async fn a_built_in_authority_is_placed_below_another_and_what_it_signs_leads_there() {
+    let db = TestDb::new().await;
+    let (pki, _dir) = pki(|_| {});
+    let boiler = enrol(&db, db.tenant(), "boiler-1").await;
+    let mut conn = db.pool().acquire().await.unwrap();
+    let made = create(&mut conn, &pki, db.tenant(), "Oslo", None, now()).await.unwrap();
+    let csr = plain_request();
+    let before = issuing::issue(&mut conn, &pki, db.tenant(), &boiler, None, (&csr, None), now()).await.unwrap();
+    let list_before = crate::revocation::list(&mut conn, &pki, made.id, now()).await.unwrap();
+    let root = Foreign::new("root");
+    let root_pem = root.pem();
+    let request = signing_request(&mut conn, &pki, db.tenant(), made.id).await.unwrap();
+    let certificate = placed(&root, &request, |_| {});
+    let pems = (certificate.as_str(), &*root_pem);
+    let (old, new) = place_below(&mut conn, db.tenant(), made.id, pems, &[1], now()).await.unwrap();
+    assert_eq!((old.certificate, old.chain, new.version), (made.certificate, vec![], 2));
+    assert_eq!(new.certificate, Certificate::from_pem(&certificate).unwrap());
+    let csr = plain_request();
+    let after = issuing::issue(&mut conn, &pki, db.tenant(), &boiler, None, (&csr, None), now()).await.unwrap();
+    assert_eq!(after.chain, format!("{certificate}{root_pem}"));
+    let (own, parent) = (parsed(&new.certificate.der).unwrap(), Certificate::from_pem(&root_pem).unwrap());
+    own.verify_signature(Some(parsed(&parent.der).unwrap().public_key())).unwrap();
+    for issued in [&before, &after] {
+        let der = Certificate::from_pem(&issued.pem).unwrap().der;
+        let issued = parsed(&der).unwrap();
+        assert_eq!(issued.issuer().as_raw(), own.subject().as_raw());
+        issued.verify_signature(Some(own.public_key())).unwrap();
+    }
+    let list = crate::revocation::list(&mut conn, &pki, made.id, now()).await.unwrap();
+    assert_ne!(list.number, list_before.number);
+    let again = signing_request(&mut conn, &pki, db.tenant(), made.id).await.unwrap();
+    let info = |pem: &str| rcgen::CertificateSigningRequestParams::from_pem(pem).unwrap().params.distinguished_name;
+    assert_eq!(info(&again), info(&request), "it can be renewed there");
+}
+
+#[tokio::test]
+async fn what_places_an_authority_nowhere_is_refused() {
+    let db = TestDb::new().await;
+    let (pki, _dir) = pki(|_| {});
+    let mut conn = db.pool().acquire().await.unwrap();
+    let made = create(&mut conn, &pki, db.tenant(), "Oslo", None, now()).await.unwrap();
+    let other = create(&mut conn, &pki, db.tenant(), "Bergen", None, now()).await.unwrap();
+    let (root, stranger) = (Foreign::new("root"), Foreign::new("root"));
+    let request = signing_request(&mut conn, &pki, db.tenant(), made.id).await.unwrap();
+    let of_other = signing_request(&mut conn, &pki, db.tenant(), other.id).await.unwrap();
+    let good = placed(&root, &request, |_| {});
+    let mut old_root = Foreign::new("root");
+    old_root.params.not_after = rcgen::date_time_ymd(2020, 1, 1);
+    let by_old = placed(&old_root, &request, |_| {});
+    let usages = |usage| move |params: &mut CertificateParams| params.key_usages = vec![usage];
+    for (why, certificate, chain) in [
+        ("its name and its key", placed(&root, &of_other, |_| {}), root.pem()),
+        ("its name and its key", root.pem(), root.pem()),
+        ("did not sign", good.clone(), stranger.pem()),
+        ("did not sign", good.clone(), format!("{}{}", root.pem(), stranger.pem())),
+        ("chain: expected", good.clone(), String::new()),
+        ("chain: expected", good.clone(), root.pem().repeat(5)),
+        ("chain: expected", good.clone(), root.key.serialize_pem()),
+        ("CA:TRUE", placed(&root, &request, |params| params.is_ca = IsCa::ExplicitNoCa), root.pem()),
+        ("cRLSign", placed(&root, &request, usages(KeyUsagePurpose::KeyCertSign)), root.pem()),
+        ("keyCertSign", placed(&root, &request, usages(KeyUsagePurpose::CrlSign)), root.pem()),
+        ("not in force", by_old, old_root.pem()),
+        ("certificate in PEM", "hello".into(), root.pem()),
+    ] {
+        let refused = place_below(&mut conn, db.tenant(), made.id, (&certificate, &chain), &[], now()).await;
+        assert!(matches!(&refused, Err(Error::Invalid(said)) if said.contains(why)), "{why}: {refused:?}");
+    }
+    let theirs = registered(&db, &pki, db.tenant(), &Foreign::new("theirs")).await.unwrap();
+    let elsewhere = tenant(&db, "acme").await;
+    let pems = (good.as_str(), &*root.pem());
+    let refused = place_below(&mut conn, db.tenant(), theirs.id, pems, &[], now()).await;
+    assert!(matches!(refused, Err(Error::CannotSign(_))), "{refused:?}");
+    assert!(matches!(signing_request(&mut conn, &pki, db.tenant(), theirs.id).await, Err(Error::CannotSign(_))));
+    let refused = place_below(&mut conn, elsewhere, made.id, pems, &[], now()).await;
+    assert!(matches!(refused, Err(Error::NoSuchAuthority(_))), "{refused:?}");
+    let refused = place_below(&mut conn, db.tenant(), made.id, pems, &[7], now()).await;
+    assert!(matches!(refused, Err(Error::VersionMismatch { .. })), "{refused:?}");
+}

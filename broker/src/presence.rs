@@ -139,6 +139,11 @@ impl Presence {
         &self.session
     }
 
+    /// Where it comes from.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// Whose it is, and what that one may do now.
     pub(crate) fn principal(&self) -> Arc<Principal> {
         self.principal.lock().clone()

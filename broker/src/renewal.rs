@@ -8,12 +8,14 @@
 //! hold a connection's own task up.
 //! Ignorant of: who may renew what ([`fleet_core::issuing`]), and of sockets.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use bytestring::ByteString;
 use chrono::{DateTime, Utc};
+use fleet_core::audit::{self, Author, Entry};
 use fleet_core::authority::Pki;
 use fleet_core::clock::Clock;
 use fleet_core::issuing::{self, Code, Issued, Rejection, Renewal};
@@ -40,8 +42,9 @@ const COMMIT_WITHIN: Duration = Duration::from_secs(30);
 /// What a device asked for.
 pub(crate) struct Request {
     pub(crate) sender: Arc<Sender>,
-    /// What its connection came by.
+    /// What its connection came by, and where from.
     pub(crate) proof: Proof,
+    pub(crate) address: SocketAddr,
     pub(crate) incoming: Incoming,
 }
 
@@ -108,9 +111,9 @@ impl Task {
     async fn run(mut self) {
         while let Some(held) = self.requests.recv().await {
             let UnderWay { request, _until_dropped } = held.item;
-            let Request { sender, proof, mut incoming } = request;
-            let answer = self.answer(&sender, &proof, &incoming.publish).await;
+            let answer = self.answer(&request).await;
             self.store.publish(Incoming::plain(answer)).await;
+            let Request { mut incoming, .. } = request;
             // A request is for this moment: nobody is to find it later.
             incoming.publish.retain = false;
             self.metrics.acknowledged.inc_by(u64::from(incoming.receipt.is_some()));
@@ -118,9 +121,10 @@ impl Task {
         }
     }
 
-    async fn answer(&self, sender: &Sender, proof: &Proof, asked: &Publish) -> Publish {
+    async fn answer(&self, request: &Request) -> Publish {
+        let asked = &request.incoming.publish;
         let renewal = match issuing::Request::decode(&asked.payload, self.pki.settings().max_csr_bytes) {
-            Ok(request) => self.until_committed(sender, proof, &request).await,
+            Ok(csr) => self.until_committed(request, &csr).await,
             Err(rejection) => Renewal::Rejected(rejection),
         };
         let (outcome, answer, body) = match &renewal {
@@ -128,7 +132,7 @@ impl Task {
             Renewal::Repeated(issued) => ("repeated", "accepted", accepted(issued)),
             Renewal::Rejected(rejection) => (rejection.code.name(), "rejected", rejected(rejection)),
         };
-        tracing::info!(device.id = %sender.id, outcome, "a device asked for a certificate");
+        tracing::info!(device.id = %request.sender.id, outcome, "a device asked for a certificate");
         self.metrics.renewals.with_label_values(&[outcome]).inc();
         let topic = ByteString::from(format!("{}/{answer}", asked.topic));
         let correlation_data = asked.properties.as_ref().and_then(|properties| properties.correlation_data.clone());
@@ -138,10 +142,10 @@ impl Task {
     }
 
     /// Tries until the database has committed. What it refuses for good, and what we cannot do, is told as a failure of ours.
-    async fn until_committed(&self, sender: &Sender, proof: &Proof, request: &issuing::Request) -> Renewal {
+    async fn until_committed(&self, request: &Request, csr: &issuing::Request) -> Renewal {
         let mut wait = RETRY_FIRST;
         loop {
-            let renewed = timeout(COMMIT_WITHIN, self.renew(sender, proof, request)).await;
+            let renewed = timeout(COMMIT_WITHIN, self.renew(request, csr)).await;
             match renewed.unwrap_or(Err(fleet_core::Error::Database(sqlx::Error::PoolTimedOut))) {
                 Ok(renewal) => return renewal,
                 Err(fleet_core::Error::Database(error)) if !fleet_core::error::is_refused(&error) => {
@@ -151,20 +155,39 @@ impl Task {
                     wait = (wait * 2).min(RETRY_AT_MOST);
                 }
                 Err(error) => {
-                    tracing::error!(%error, device.id = %sender.id, "a certificate could not be renewed");
+                    tracing::error!(%error, device.id = %request.sender.id, "a certificate could not be renewed");
                     return Renewal::Rejected(Rejection::new(Code::Internal, "the server failed; its log says why"));
                 }
             }
         }
     }
 
-    async fn renew(&self, sender: &Sender, proof: &Proof, request: &issuing::Request) -> fleet_core::Result<Renewal> {
-        let mut tx = self.db.begin().await?;
-        let device = (sender.tenant, &sender.id);
-        let renewal = issuing::renew(&mut tx, &self.pki, device, proof, request, self.clock.now()).await?;
+    async fn renew(&self, request: &Request, csr: &issuing::Request) -> fleet_core::Result<Renewal> {
+        let Request { sender, proof, address, .. } = request;
+        let (mut tx, now) = (self.db.begin().await?, self.clock.now());
+        let renewal = issuing::renew(&mut tx, &self.pki, (sender.tenant, &sender.id), proof, csr, now).await?;
+        if let Renewal::Issued(issued) = &renewal {
+            let by = Author::device(sender.tenant, sender.id.clone(), Some(address.ip().to_string()));
+            audit::record(&mut tx, &by, &entry(sender, proof, issued), now).await?;
+        }
         tx.commit().await?;
         Ok(renewal)
     }
+}
+
+/// What is to be known of a renewal.
+fn entry(sender: &Sender, proof: &Proof, issued: &Issued) -> Entry {
+    let registered = &issued.registered;
+    let after = json!({
+        "id": issued.credential.id,
+        "fingerprint": registered.fingerprint.to_string(),
+        "subject": registered.subject,
+        "authority": registered.authority,
+        "serial": registered.serial.map(|serial| serial.to_string()),
+        "not_after": registered.not_after,
+        "by": proof.credential,
+    });
+    Entry::of("certificate.renew", issued.credential.id).on(&sender.id).after(&after)
 }
 
 fn accepted(issued: &Issued) -> serde_json::Value {

@@ -98,6 +98,14 @@ async fn a_certificate_from_its_signing_to_its_revocation() {
         let (second, answer) = renewed(&mut client, &device).await;
         assert!(answer["not_after"].as_i64() > answer["renew_after"].as_i64());
         assert_eq!(answer["chain"], signed["chain_pem"]);
+        let written = fleet.get("/api/v1/audit?action=certificate.renew").await;
+        let entry = &written["items"][0];
+        assert_eq!(
+            (&entry["actor"]["kind"], &entry["actor"]["name"]),
+            (&json!("device"), &json!("boiler-1")),
+            "{written}"
+        );
+        assert_eq!(entry["after"]["by"], signed["id"], "{written}");
         let (mut next, code) = secure.hello(Some(&second), &Connect::new(version, "b", None)).await;
         assert_eq!(code, 0);
         assert_eq!(next.publish(reading(&device, 2)).await, 0);

@@ -170,9 +170,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     /// Hands a signing request to whoever answers it; nothing is read until it is answered.
     fn renew(&mut self, sender: Arc<Sender>, publish: &Publish) {
-        let proof = self.presence.principal().proof;
+        let (proof, address) = (self.presence.principal().proof, self.presence.address());
         // It may wait for long: it must not hold everything that was read with it.
-        let request = renewal::Request { sender, proof, incoming: self.incoming(publish.detached()) };
+        let request = renewal::Request { sender, proof, address, incoming: self.incoming(publish.detached()) };
         let shared = self.shared.clone();
         self.stalled = Some(Box::pin(async move { shared.renewals.ask(request).await }));
     }

@@ -22,4 +22,5 @@ mod sessions;
 mod settings;
 mod signin;
 mod sim;
+mod tenants;
 mod transports;

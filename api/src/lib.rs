@@ -33,7 +33,7 @@ use problem::Problem;
 use routes::{
     access, api_keys, audit, auth, authorities, bindings, certificates, claims, connections, credentials, dead_letters,
     devices, docs, import, login_failures, login_sessions, operations, passwords, provision, roles, sessions,
-    signing_keys, telemetry, users,
+    signing_keys, telemetry, tenants, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -95,6 +95,8 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(connections::read))
         .routes(routes!(connections::disconnect))
         .routes(routes!(connections::start_trace, connections::read_trace, connections::stop_trace))
+        .routes(routes!(tenants::create, tenants::list))
+        .routes(routes!(tenants::read))
         .routes(routes!(audit::list))
         .routes(routes!(audit::verify))
         .routes(routes!(audit::export))
@@ -167,6 +169,7 @@ pub fn refusal(status: u16, kind: &'static str, detail: impl Into<String>) -> Re
         (name = "bindings", description = "Who has which role for which devices"),
         (name = "api-keys", description = "By which programs prove who they are"),
         (name = "connections", description = "Who is connected at the moment, and what happened to clients"),
+        (name = "tenants", description = "For who stands above them"),
         (name = "audit", description = "Who did what"),
         (name = "operations", description = "For those who run the server"),
     )

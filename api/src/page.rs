@@ -7,7 +7,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use fleet_core::id::{
     ApiKeyId, BindingId, ClaimId, ClaimRequestId, ConnectionEventId, ConnectionId, DeadLetterId, DeviceId, RoleId,
-    SessionId, UserId,
+    SessionId, TenantId, UserId,
 };
 use serde::{Serialize, Serializer};
 use utoipa::{IntoParams, ToSchema};
@@ -76,6 +76,8 @@ pub(crate) enum Cursor {
     Connection(ConnectionId),
     /// In the list of connection events.
     ConnectionEvent(ConnectionEventId),
+    /// In the list of tenants.
+    Tenant(TenantId),
     /// In the audit.
     Audit(i64),
     /// In the list of claims.
@@ -98,6 +100,7 @@ impl Cursor {
             Self::Binding(id) => format!("b{id}"),
             Self::Connection(id) => format!("c{id}"),
             Self::ConnectionEvent(id) => format!("e{id}"),
+            Self::Tenant(id) => format!("t{id}"),
             Self::Audit(seq) => format!("a{seq}"),
             Self::Claim(id) => format!("m{id}"),
             Self::ClaimRequest(id) => format!("q{id}"),
@@ -119,6 +122,7 @@ impl Cursor {
             "b" => key.parse().ok().map(Self::Binding),
             "c" => key.parse().ok().map(Self::Connection),
             "e" => key.parse().ok().map(Self::ConnectionEvent),
+            "t" => key.parse().ok().map(Self::Tenant),
             "a" => key.parse().ok().map(Self::Audit),
             "m" => key.parse().ok().map(Self::Claim),
             "q" => key.parse().ok().map(Self::ClaimRequest),
@@ -188,6 +192,7 @@ keys!(
     BindingId: Binding,
     ConnectionId: Connection,
     ConnectionEventId: ConnectionEvent,
+    TenantId: Tenant,
     i64: Audit,
     ClaimId: Claim,
     ClaimRequestId: ClaimRequest
@@ -220,6 +225,7 @@ mod tests {
         fn a_cursor_prints_as_it_parses(name in "[A-Za-z0-9.-][A-Za-z0-9._-]{0,63}", id: u128, ts_ms: i64, seq: i64) {
             let device = name.parse().ok().map(Cursor::Device);
             let role = name.parse().ok().map(Cursor::Role);
+            let tenant = name.parse().ok().map(Cursor::Tenant);
             let id = Uuid::from_u128(id);
             let ids = [
                 Cursor::DeadLetter(id.into()),
@@ -233,7 +239,7 @@ mod tests {
                 Cursor::ClaimRequest(id.into()),
                 Cursor::Binding(id.into()),
             ];
-            for cursor in ids.into_iter().chain([Cursor::Reading { ts_ms, seq }]).chain(device).chain(role) {
+            for cursor in ids.into_iter().chain([Cursor::Reading { ts_ms, seq }]).chain(device).chain(role).chain(tenant) {
                 prop_assert_eq!(cursor.print().parse(), Ok(cursor));
             }
         }

@@ -233,6 +233,8 @@ impl From<Error> for Problem {
     fn from(error: Error) -> Self {
         let (status, kind) = match &error {
             Error::NoSuchDevice(_) => (404, "no-such-device"),
+            Error::NoSuchTenant(_) => (404, "no-such-tenant"),
+            Error::TenantExists(_) => (409, "tenant-exists"),
             Error::NoSuchAuditEntry(_) => (404, "no-such-audit-entry"),
             Error::NoSuchCredential(_) => (404, "no-such-credential"),
             Error::NoSuchSession(_) => (404, "no-such-session"),

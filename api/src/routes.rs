@@ -23,4 +23,5 @@ pub(crate) mod roles;
 pub(crate) mod sessions;
 pub(crate) mod signing_keys;
 pub(crate) mod telemetry;
+pub(crate) mod tenants;
 pub(crate) mod users;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use fleet_core::Error;
 use fleet_core::audit::{self, Author, Entry};
+use fleet_core::id::TenantKey;
 use fleet_core::tenancy::{self, Bounds};
 use sqlx::{PgConnection, Postgres, Transaction};
 
@@ -58,6 +59,13 @@ impl Change {
         self.commit_each(vec![entry]).await
     }
 
+    /// Writes down what is done in another tenant, which this transaction has entered, by somebody who stands above tenants.
+    pub(crate) async fn record_in(&mut self, tenant: TenantKey, entry: &Entry) -> Result<(), Problem> {
+        let by = Author { tenant, ..self.by.clone() };
+        audit::record(&mut self.tx, &by, entry, self.app.clock.now()).await?;
+        Ok(())
+    }
+
     /// As [`Change::commit`], for a change of many resources.
     pub(crate) async fn commit_each(mut self, entries: Vec<Entry>) -> Result<(), Problem> {
         let recorded = audit::record_all(&mut self.tx, &self.by, &entries, self.app.clock.now()).await?;
@@ -103,11 +111,14 @@ impl Caller {
         change(app, &self.bounds(), self.author()).await
     }
 
+    /// Refuses a caller who does not stand above tenants: `what` is for those who do.
+    pub(crate) fn needs_platform(&self, what: &'static str) -> Result<(), Problem> {
+        if self.manager().platform { Ok(()) } else { Err(Error::NotPlatform(what).into()) }
+    }
+
     /// A transaction that nothing binds, for what belongs to no tenant: `what`, which only who has platform standing may do.
     pub(crate) async fn change_platform(&self, app: &App, what: &'static str) -> Result<Change, Problem> {
-        if !self.manager().platform {
-            return Err(Error::NotPlatform(what).into());
-        }
+        self.needs_platform(what)?;
         Ok(Change { tx: app.begin().await?, by: self.author(), app: app.clone() })
     }
 

@@ -219,6 +219,7 @@ pub struct Auth {
     pub login_forget_s: u64,
     pub max_login_failures: usize,
     pub rotation_overlap_s: u64,
+    pub max_tenants: usize,
     pub max_users: usize,
     pub max_roles: usize,
     pub max_topic_rules: usize,

@@ -3,7 +3,7 @@
 
 use crate::id::{
     ApiKeyId, AuthorityId, BadId, BindingId, ClaimId, ClaimRequestId, CredentialId, DeviceId, LoginSessionId, RoleId,
-    SessionId, UserId,
+    SessionId, TenantId, UserId,
 };
 use crate::topic_rule::BadRule;
 
@@ -32,6 +32,12 @@ pub enum Error {
         /// The version that is stored.
         found: i64,
     },
+    /// No tenant of that name.
+    #[error("tenant {0} does not exist")]
+    NoSuchTenant(TenantId),
+    /// The name is taken.
+    #[error("tenant {0} exists already")]
+    TenantExists(TenantId),
     /// No such row in the tenant's audit, or none that the caller may see.
     #[error("audit entry {0} does not exist")]
     NoSuchAuditEntry(i64),

@@ -47,7 +47,7 @@ pub(crate) struct UserBody {
 }
 
 impl UserBody {
-    fn new(user: User) -> Self {
+    pub(crate) fn new(user: User) -> Self {
         let User { id, email, role, platform, disabled, version, created_at, updated_at, .. } = user;
         Self { id, email, role, platform, disabled, version, created_at, updated_at }
     }

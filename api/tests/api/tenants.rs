@@ -25,6 +25,9 @@ pub(crate) fn body(method: &str, path: &str) -> Value {
     match (method, path) {
         ("POST", "/api/v1/devices") => json!({ "id": "boiler-1" }),
         ("POST", "/api/v1/users") => json!({ "email": "eve@example.com", "password": "correct horse battery" }),
+        ("POST", "/api/v1/tenants") => {
+            json!({ "id": "acme", "admin": { "email": "eve@example.com", "password": "correct horse battery" } })
+        }
         ("POST", "/api/v1/roles") => json!({ "id": "orders" }),
         ("PUT", "/api/v1/roles/{id}") => json!({ "permissions": ["devices:read"], "topic_rules": [] }),
         ("POST", "/api/v1/authorities") => json!({ "name": "ca", "kind": "built-in" }),
@@ -99,6 +102,7 @@ impl Main {
             ("credentials", text(&enrolled["credential"]["id"]), nobodys("crd")),
             ("certificates", text(&certificate.body["id"]), nobodys("crd")),
             ("authorities", text(&authority.body["id"]), nobodys("aut")),
+            ("tenants", "main".to_owned(), "nobody".to_owned()),
             ("audit", "1".to_owned(), "999999".to_owned()),
             ("users", ada.to_string(), nobodys("usr")),
             ("bindings", text(&binding.body["id"]), nobodys("bnd")),
@@ -155,7 +159,8 @@ impl Main {
     }
 
     fn says_nothing(&self, reply: &Reply, route: &str) {
-        let ids = self.ids.iter().filter(|(noun, ..)| *noun != "audit").map(|(_, id, _)| id.as_str());
+        let ids =
+            self.ids.iter().filter(|(noun, ..)| !["audit", "tenants"].contains(noun)).map(|(_, id, _)| id.as_str());
         for mark in MARKS.into_iter().chain(ids) {
             assert!(!reply.text.contains(mark), "{route} told a stranger of {mark}: {}", reply.text);
         }
@@ -274,4 +279,91 @@ async fn the_paths_that_strangers_try_are_there_for_those_at_home() {
             main.api.get(&ours).await.expect(200);
         }
     }
+}
+
+const NEW_PASSWORD: &str = "a password of wile e. coyote";
+
+fn acme(email: &str) -> Value {
+    json!({ "id": "acme", "admin": { "email": email, "password": NEW_PASSWORD } })
+}
+
+#[tokio::test]
+async fn a_tenant_is_made_with_its_first_admin() {
+    let api = Api::start().await;
+    api.enrol("boiler-1").await;
+    let made = api.post("/api/v1/tenants", acme("wile@example.com")).await.expect(201);
+    assert_eq!(made.header("location"), "/api/v1/tenants/acme");
+    assert_eq!((&made.body["id"], &made.body["admin"]["role"]), (&json!("acme"), &json!("admin")));
+    assert!(!made.text.contains(NEW_PASSWORD), "{}", made.text);
+    let login = json!({ "email": "wile@example.com", "password": NEW_PASSWORD, "cookie": false });
+    let login = api.anonymous("POST", "/api/v1/auth/login").json(&login).send().await.expect(200).body;
+    let token = login["access_token"].as_str().unwrap();
+    let ask = |method, path: &str| api.as_who(token, method, path);
+    let me = ask("GET", "/api/v1/me").send().await.expect(200).body;
+    assert_eq!((&me["tenant"], &me["platform"]), (&json!("acme"), &json!(false)));
+    // The same name is another device.
+    assert_eq!(ask("GET", "/api/v1/devices").send().await.expect(200).ids(), Vec::<&str>::new());
+    let enrolled = ask("POST", "/api/v1/devices").json(&json!({ "id": "boiler-1" })).send().await.expect(201).body;
+    assert_eq!(enrolled["credential"]["username"], "acme/boiler-1");
+    ask("DELETE", "/api/v1/devices/boiler-1").send().await.expect(204);
+    api.get("/api/v1/devices/boiler-1").await.expect(200);
+    // Each has a chain of its own, and the new one begins with who began it.
+    for (mine, actions) in
+        [(false, vec!["device.enrol", "tenant.create"]), (true, vec!["tenant.create", "device.enrol", "device.delete"])]
+    {
+        let who = |path: &str| if mine { ask("GET", path) } else { api.ask("GET", path) };
+        let told = who("/api/v1/audit").send().await.expect(200).body["items"].as_array().unwrap().clone();
+        let told = told
+            .iter()
+            .rev()
+            .filter(|entry| !entry["action"].as_str().unwrap().starts_with("login"))
+            .collect::<Vec<_>>();
+        assert_eq!(told.iter().map(|entry| entry["action"].as_str().unwrap()).collect::<Vec<_>>(), actions);
+        assert_eq!(
+            told.iter().find(|entry| entry["action"] == "tenant.create").unwrap()["actor"]["id"],
+            api.admin.to_string()
+        );
+        assert_eq!(who("/api/v1/audit/verify").send().await.expect(200).body["intact"], true);
+    }
+    assert_eq!(api.get("/api/v1/tenants").await.expect(200).ids(), ["acme", "main"]);
+    let first = api.get("/api/v1/tenants?limit=1").await.expect(200).body;
+    let rest = format!("/api/v1/tenants?cursor={}", first["next_cursor"].as_str().unwrap());
+    assert_eq!(api.get(&rest).await.expect(200).ids(), ["main"]);
+    api.get("/api/v1/tenants/acme").await.expect(200);
+    api.get("/api/v1/tenants/nobody").await.problem(404, "no-such-tenant");
+}
+
+#[tokio::test]
+async fn a_tenant_is_made_whole_or_not_at_all_and_once() {
+    let mut setup = crate::harness::Setup::default();
+    setup.config.auth.max_tenants = 2;
+    let api = Api::with(setup).await;
+    api.post("/api/v1/tenants", acme(crate::harness::EMAIL)).await.problem(409, "email-taken");
+    api.get("/api/v1/tenants/acme").await.problem(404, "no-such-tenant");
+    let mut weak = acme("wile@example.com");
+    weak["admin"]["password"] = json!("password");
+    api.post("/api/v1/tenants", weak).await.problem(400, "invalid");
+    for id in ["_acme", "a/b", "", ".."] {
+        let mut bad = acme("wile@example.com");
+        bad["id"] = json!(id);
+        api.post("/api/v1/tenants", bad).await.problem(400, "invalid");
+    }
+    for _ in 0..2 {
+        let ask = api.ask("POST", "/api/v1/tenants").header("idempotency-key", "k");
+        ask.json(&acme("wile@example.com")).send().await.expect(201);
+    }
+    api.post("/api/v1/tenants", acme("other@example.com")).await.problem(409, "too-many");
+}
+
+#[tokio::test]
+async fn tenants_are_for_who_stands_above_them() {
+    let api = Api::start().await;
+    let (_, token) = api.user("ada@example.com", "admin").await;
+    for (method, path) in [("GET", "/api/v1/tenants"), ("GET", "/api/v1/tenants/main"), ("POST", "/api/v1/tenants")] {
+        let ask = api.as_who(&token, method, path);
+        let ask = if method == "POST" { ask.json(&acme("wile@example.com")) } else { ask };
+        let refused = ask.send().await.problem(403, "forbidden");
+        assert!(refused.body["detail"].as_str().unwrap().contains("platform standing"), "{}", refused.text);
+    }
+    assert_eq!(api.get("/api/v1/tenants").await.expect(200).ids(), ["main"]);
 }

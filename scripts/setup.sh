@@ -67,13 +67,15 @@ check_versions() {
     at_least 2.0 "$found" || fail "mosquitto 2.0 or newer is needed, found $found"
 }
 
-# The Python client of the journeys, in an environment of its own.
-install_paho() {
-    local wanted=2.2.0 venv=target/venv
-    if [ "$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("paho-mqtt"))' 2>/dev/null)" != "$wanted" ]; then
-        say "installing paho-mqtt $wanted into $venv"
+# What the Python clients of the journeys need, in an environment of its own.
+install_python() {
+    local wanted="paho-mqtt==2.2.0 cryptography==50.0.2" venv=target/venv
+    if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$wanted" ] || ! "$venv/bin/python" -c 'import paho.mqtt, cryptography' 2>/dev/null; then
+        say "installing $wanted into $venv"
         python3 -m venv "$venv"
-        "$venv/bin/python" -m pip install --quiet "paho-mqtt==$wanted" || fail "pip could not install paho-mqtt $wanted"
+        # shellcheck disable=SC2086  # two words
+        "$venv/bin/python" -m pip install --quiet $wanted || fail "pip could not install $wanted"
+        printf '%s' "$wanted" >"$venv/.installed"
     fi
 }
 
@@ -100,7 +102,7 @@ fi
 check_versions
 if [ "$what" = test ]; then
     have cargo-nextest || fail "cargo-nextest is missing: run cargo install cargo-nextest --locked"
-    install_paho
+    install_python
     install_npm MQTT.js tests/clients
     install_npm Node-RED tests/clients/node-red
 fi

@@ -1,7 +1,8 @@
 """Publishes readings with Eclipse Paho and says what was acknowledged; subscribes and says what came.
 
-usage: paho_client.py HOST PORT USERNAME PASSWORD CLIENT_ID {311|5} {publish|subscribe|will} TOPIC COUNT
-With TRANSPORT=websockets it comes in at /mqtt, with TRANSPORT=tls it trusts the authority in CA_FILE. Prints one JSON object a line.
+usage: paho_client.py HOST PORT USERNAME PASSWORD CLIENT_ID {311|5} {publish|subscribe|will|stay} TOPIC COUNT
+With TRANSPORT=websockets it comes in at /mqtt, with TRANSPORT=tls it trusts the authority in CA_FILE, and with CERT_FILE and KEY_FILE
+it shows that certificate in place of a user name. Prints one JSON object a line.
 """
 
 import json
@@ -24,8 +25,9 @@ def connect(host, port, username, password, client_id, version, will=None):
     transport = "websockets" if carrier == "websockets" else "tcp"
     client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol, transport=transport)
     if carrier == "tls":
-        client.tls_set(ca_certs=os.environ["CA_FILE"])
-    client.username_pw_set(username, password)
+        client.tls_set(os.environ["CA_FILE"], os.environ.get("CERT_FILE"), os.environ.get("KEY_FILE"))
+    if "CERT_FILE" not in os.environ:
+        client.username_pw_set(username, password)
     if will:
         client.will_set(will, json.dumps({"state": "lost"}), qos=1, retain=True)
     connected = threading.Event()
@@ -75,6 +77,24 @@ def subscribe(client, topic, count):
     client.disconnect()
 
 
+def stay(client):
+    """Until it is sent away; then Paho comes again by itself, until it is told that it may not."""
+    refused = threading.Event()
+
+    def on_connect(_client, _userdata, _flags, reason, _properties):
+        say(**({"refused": str(reason)} if reason.is_failure else {"back": str(reason)}))
+        if reason.is_failure:
+            refused.set()
+
+    client.on_connect = on_connect
+    client.on_disconnect = lambda _c, _u, _flags, reason, _p: say(ended=str(reason))
+    say(connected=True)
+    if not refused.wait(PATIENCE_S):
+        sys.exit("nobody sent it away")
+    client.on_disconnect = None
+    client.loop_stop()
+
+
 def main():
     host, port, username, password, client_id, version, action, topic, count = sys.argv[1:]
     client = connect(host, port, username, password, client_id, version, topic if action == "will" else None)
@@ -82,6 +102,8 @@ def main():
         publish(client, topic, int(count))
     elif action == "subscribe":
         subscribe(client, topic, int(count))
+    elif action == "stay":
+        stay(client)
     else:
         os._exit(0)  # gone without a DISCONNECT
 

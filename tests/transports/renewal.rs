@@ -1,12 +1,14 @@
 //! A device gets its certificate from here, renews it over MQTT, is late, and is sent away.
 
 use std::process::Stdio;
+use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use sqlx::Connection;
-use tokio::process::Command;
-use tokio::time::timeout;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::time::{Instant, timeout};
 
 use super::{Secure, reading};
 use crate::harness::client::Client;
@@ -384,6 +386,136 @@ fn openssl(dir: &std::path::Path, args: &[&str]) -> Command {
     command
 }
 
+/// What Paho says of the renewal of the certificate in `cert.pem` and `key.pem`.
+async fn paho_renews(secure: &Secure, device: &Device, version: &str, env: &[(&str, &str)]) -> Vec<Value> {
+    let (root, dir) = (env!("CARGO_MANIFEST_DIR"), secure.path());
+    let mut paho = Command::new(format!("{root}/target/venv/bin/python"));
+    paho.arg(format!("{root}/tests/clients/paho_renew.py")).envs(env.iter().copied());
+    paho.args(["localhost", &secure.fleet.mqtts_addr().port().to_string()]).arg(secure.ca_file());
+    paho.args([dir.join("cert.pem"), dir.join("key.pem")]).args([&device.username, version]).stdin(Stdio::null());
+    let said = timeout(2 * PATIENCE, paho.kill_on_drop(true).output()).await.expect("it ends in time");
+    let said = said.expect("`make setup` installs the test clients");
+    let (text, errors) = (String::from_utf8_lossy(&said.stdout), String::from_utf8_lossy(&said.stderr));
+    assert!(said.status.success(), "{text} {errors}");
+    text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
+
+/// Writes a certificate to where clients of others look for it.
+fn write(secure: &Secure, identity: &Identity) {
+    std::fs::write(secure.path().join("cert.pem"), &identity.certificate).expect("a file");
+    std::fs::write(secure.path().join("key.pem"), &identity.key).expect("a file");
+}
+
+#[tokio::test]
+async fn paho_renews_and_its_old_certificate_is_good_until_the_overlap_ends() {
+    for version in ["5", "311"] {
+        // Long enough for a slow machine to come in by the old one again.
+        let secure = Secure::start_with(&[("MUSTER__CERTIFICATES__RENEWAL_OVERLAP_S", "6")]).await;
+        let fleet = &secure.fleet;
+        let device = fleet.enrol("boiler-1").await;
+        authority(fleet).await;
+        let (first, signed) = sign(fleet, &device, None).await;
+        write(&secure, &first);
+        let early = paho_renews(&secure, &device, version, &[]).await;
+        assert_eq!(early, [json!({ "rejected": "too-early" })]);
+        allow(fleet, &device, &signed).await;
+        let said = paho_renews(&secure, &device, version, &[("UNTIL_THE_OLD_ENDS", "1")]).await;
+        let [renewed, old, after] = &said[..] else { panic!("{said:?}") };
+        assert_eq!((&renewed["acknowledged"], &old["old_acknowledged"]), (&json!(true), &json!(true)));
+        assert_eq!((&after["old_refused"], &after["new_acknowledged"]), (&json!("Not authorized"), &json!(true)));
+        assert!(after["old_ended"].is_string(), "{said:?}");
+        assert_eq!(fleet.series(&device, "t").await.len(), 3);
+        let listed = fleet.get("/api/v1/devices/boiler-1/certificates").await;
+        let valid = listed["items"].as_array().expect("a list").iter().filter(|one| one["valid"] == true);
+        let valid = valid.map(|one| one["serial"].as_str().expect("a number")).collect::<Vec<_>>();
+        let serial = renewed["serial"].as_str().expect("a number");
+        assert_eq!(
+            valid.iter().map(|one| one.trim_start_matches('0')).collect::<Vec<_>>(),
+            [serial.trim_start_matches('0')]
+        );
+    }
+}
+
+/// The list of revoked certificates, as openssl reads what is given to everybody in DER.
+async fn list_by_openssl(secure: &Secure, authority: &Value) -> String {
+    let id = authority["id"].as_str().expect("an id");
+    let answer = reqwest::get(format!("{}/api/v1/authorities/{id}/crl", secure.fleet.url())).await.expect("an answer");
+    assert_eq!(answer.headers()["content-type"], "application/pkix-crl");
+    let dir = secure.path();
+    std::fs::write(dir.join("list.der"), answer.bytes().await.expect("a body")).expect("a file");
+    let pem = authority["certificate_pem"].as_str().expect("PEM");
+    std::fs::write(dir.join("authority.pem"), pem).expect("a file");
+    let args = ["crl", "-inform", "DER", "-in", "list.der", "-text", "-CAfile", "authority.pem", "-verify"];
+    let args = [&args[..], &["-out", "list.pem"]].concat();
+    let shown = openssl(dir, &args).stderr(Stdio::piped()).output().await.expect("openssl");
+    let said = String::from_utf8_lossy(&shown.stderr);
+    assert!(shown.status.success() && said.contains("verify OK"), "{said}");
+    std::fs::read_to_string(dir.join("list.pem")).expect("it was made")
+}
+
+#[tokio::test]
+async fn paho_is_sent_away_with_its_certificate_and_cannot_return() {
+    let secure = Secure::start().await;
+    let (fleet, dir) = (&secure.fleet, secure.path());
+    let (device, other) = (fleet.enrol("boiler-1").await, fleet.enrol("pump-1").await);
+    let authority = authority(fleet).await;
+    let (kept, kept_signed) = sign(fleet, &other, None).await;
+    let mut stays = secure.hello(Some(&kept), &Connect::new(V5, "pump-1", None)).await.0;
+    let mut fastest = PATIENCE;
+    for version in ["311", "5"] {
+        let (identity, signed) = sign(fleet, &device, None).await;
+        write(&secure, &identity);
+        let verify = ["verify", "-CAfile", "authority.pem", "-crl_check", "-CRLfile", "list.pem", "cert.pem"];
+        list_by_openssl(&secure, &authority).await;
+        assert!(openssl(dir, &verify).status().await.expect("openssl").success(), "it is not on the list");
+        let mut paho = paho_stays(&secure, version);
+        let mut lines = BufReader::new(paho.stdout.take().expect("piped")).lines();
+        let mut next = async || -> Value {
+            let line = timeout(PATIENCE, lines.next_line()).await.expect("in time").expect("text");
+            serde_json::from_str(&line.expect("it says more")).expect("JSON")
+        };
+        assert_eq!(next().await, json!({ "connected": true }));
+        let since = Instant::now();
+        revoke(fleet, &device, &signed).await;
+        assert!(next().await["ended"].is_string());
+        eprintln!("MQTT {version}: off {} ms after the request", since.elapsed().as_millis());
+        fastest = fastest.min(since.elapsed());
+        assert_eq!(next().await, json!({ "refused": "Not authorized" }));
+        assert!(timeout(PATIENCE, paho.wait()).await.expect("in time").expect("its status").success());
+
+        let list = list_by_openssl(&secure, &authority).await.to_lowercase();
+        let serial = |signed: &Value| signed["serial"].as_str().expect("a number").trim_start_matches("00").to_owned();
+        assert!(list.contains(&serial(&signed)) && list.contains("key compromise"), "{list}");
+        assert!(!list.contains(&serial(&kept_signed)), "{list}");
+        assert!(!openssl(dir, &verify).status().await.expect("openssl").success(), "it is on the list");
+    }
+    // One of them may have been held up by a busy machine.
+    assert!(fastest < Duration::from_secs(1), "{fastest:?}");
+    stays.is_quiet("another certificate of the same authority").await;
+}
+
+/// A Paho client that shows the certificate in `cert.pem` and `key.pem` and stays until it is sent away.
+fn paho_stays(secure: &Secure, version: &str) -> Child {
+    let (root, dir) = (env!("CARGO_MANIFEST_DIR"), secure.path());
+    let mut paho = Command::new(format!("{root}/target/venv/bin/python"));
+    paho.arg(format!("{root}/tests/clients/paho_client.py"));
+    paho.env("TRANSPORT", "tls").env("CA_FILE", secure.ca_file());
+    paho.env("CERT_FILE", dir.join("cert.pem")).env("KEY_FILE", dir.join("key.pem"));
+    paho.args([
+        "localhost",
+        &secure.fleet.mqtts_addr().port().to_string(),
+        "",
+        "",
+        "boiler-1",
+        version,
+        "stay",
+        "",
+        "0",
+    ]);
+    let paho = paho.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true).spawn();
+    paho.expect("`make setup` installs the test clients")
+}
+
 #[tokio::test]
 async fn openssl_makes_the_request_paho_renews_it_and_mosquitto_uses_it() {
     let secure = Secure::start().await;
@@ -407,14 +539,8 @@ async fn openssl_makes_the_request_paho_renews_it_and_mosquitto_uses_it() {
     for version in ["5", "311"] {
         let listed = fleet.get("/api/v1/devices/boiler-1/certificates").await;
         allow(fleet, &device, &listed["items"][0]).await;
-        let root = env!("CARGO_MANIFEST_DIR");
-        let mut paho = Command::new(format!("{root}/target/venv/bin/python"));
-        paho.arg(format!("{root}/tests/clients/paho_renew.py"))
-            .args(["localhost", &fleet.mqtts_addr().port().to_string()]);
-        paho.arg(&ca).args([dir.join("cert.pem"), dir.join("key.pem")]).args([&device.username, version]);
-        let said = timeout(PATIENCE, paho.kill_on_drop(true).output()).await.expect("it ends in time").expect("Paho");
-        let text = String::from_utf8_lossy(&said.stdout);
-        assert!(text.contains(r#""acknowledged": true"#), "{text} {}", String::from_utf8_lossy(&said.stderr));
+        let said = paho_renews(&secure, &device, version, &[]).await;
+        assert_eq!((&said[0]["acknowledged"], &said[1]["old_acknowledged"]), (&json!(true), &json!(true)), "{said:?}");
     }
     let mut mosquitto = Command::new("mosquitto_rr");
     mosquitto.args(["-h", "localhost", "-p", &fleet.mqtts_addr().port().to_string(), "-V", "5", "-q", "1", "-i", "m"]);

@@ -277,6 +277,10 @@ impl From<Error> for Problem {
             Error::VersionMismatch { .. } => (412, "version-mismatch"),
             Error::BadLogin => (401, "bad-login"),
             Error::BadResetToken => (401, "bad-reset-token"),
+            Error::TotpRequired => (401, "totp-required"),
+            Error::BadCode => (401, "bad-code"),
+            Error::TotpOn => (409, "totp-on"),
+            Error::TotpOff => (409, "totp-off"),
             Error::Locked { retry_after_s, .. } => {
                 return Self { retry_after_s: *retry_after_s, ..Self::new(429, "login-locked", error.to_string()) };
             }

@@ -67,6 +67,11 @@ impl Pki {
         &self.settings
     }
 
+    /// What seals secrets in rows.
+    pub fn seal(&self) -> &Seal {
+        &self.seal
+    }
+
     /// A text that proves, when an authority has signed a certificate for it, that its key is held.
     ///
     /// # Errors

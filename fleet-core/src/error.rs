@@ -147,6 +147,18 @@ pub enum Error {
     /// E-mail or password is wrong, or the user is disabled; which of them is not said.
     #[error("e-mail or password is wrong")]
     BadLogin,
+    /// The user has a second factor, and no code was given.
+    #[error("a code of the authenticator is needed: expected `code`, or a recovery code in its place")]
+    TotpRequired,
+    /// The code is wrong, or was used before.
+    #[error("the code is wrong, or was used before: wait for the next one")]
+    BadCode,
+    /// The user has a second factor already.
+    #[error("there is an authenticator already: remove it first")]
+    TotpOn,
+    /// The user has no second factor.
+    #[error("there is no authenticator")]
+    TotpOff,
     /// No link to a new password, or one that was used, replaced or has expired.
     #[error("the link has been used or has expired: ask an administrator for a new one")]
     BadResetToken,

@@ -20,6 +20,7 @@
 //! | people, their passwords, access tokens and the keys of those | [`user`], [`token`], [`signing_key`] |
 //! | logins and their refresh tokens | [`login_session`] |
 //! | what a password must be, and one-time links to a new one | [`password`], [`password_reset`] |
+//! | one-time passwords, and recovery codes | [`totp`] |
 //! | failed logins, and how long one waits | [`login_failure`] |
 //! | secrets of programs | [`api_key`] |
 //! | permissions, and who may do what | [`policy`] |
@@ -87,6 +88,7 @@ pub mod testing;
 pub mod token;
 pub mod topic;
 pub mod topic_rule;
+pub mod totp;
 pub mod user;
 
 pub use error::{Error, Result};

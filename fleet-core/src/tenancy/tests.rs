@@ -33,6 +33,10 @@ const ROWS: &str = "
     insert into audit_head (tenant_key, seq, hash) values ($t, 1, '');
     insert into login_failure (kind, subject, user_id, failures, tried_at, blocked_until)
          select 'account', convert_to('$n', 'UTF8'), id, 1, now(), now() from app_user where tenant_key = $t;
+    insert into totp (user_id, secret, last_step, created_at)
+         select id, '', 0, now() from app_user where tenant_key = $t;
+    insert into recovery_code (user_id, code_hash)
+         select id, convert_to('$n', 'UTF8') from app_user where tenant_key = $t;
     insert into password_reset (user_id, token_hash, created_at, expires_at)
          select id, convert_to('$n', 'UTF8'), now(), now() from app_user where tenant_key = $t;
     insert into device (tenant_key, id, created_at, updated_at) values ($t, 'boiler-1', now(), now());

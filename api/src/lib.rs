@@ -33,7 +33,7 @@ use problem::Problem;
 use routes::{
     access, api_keys, audit, auth, authorities, bindings, certificates, claims, connections, credentials, dead_letters,
     devices, docs, import, login_failures, login_sessions, operations, passwords, provision, roles, sessions,
-    signing_keys, telemetry, tenants, users,
+    signing_keys, telemetry, tenants, totp, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -48,6 +48,10 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(login_sessions::logout_all))
         .routes(routes!(login_sessions::list, login_sessions::end))
         .routes(routes!(login_failures::read, login_failures::forgive))
+        .routes(routes!(totp::read, totp::begin, totp::remove))
+        .routes(routes!(totp::confirm))
+        .routes(routes!(totp::renew_recovery))
+        .routes(routes!(totp::reset))
         .routes(routes!(signing_keys::list))
         .routes(routes!(signing_keys::rotate))
         .routes(routes!(passwords::change))

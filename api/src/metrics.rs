@@ -87,7 +87,9 @@ impl Metrics {
         for bound in BOUNDS {
             metrics.problems.with_label_values(&[bound]);
         }
-        metrics.logins_failed.with_label_values(&["password"]);
+        for what in ["password", "code"] {
+            metrics.logins_failed.with_label_values(&[what]);
+        }
         for by in ["account", "address"] {
             metrics.logins_locked.with_label_values(&[by]);
         }

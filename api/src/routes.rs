@@ -24,4 +24,5 @@ pub(crate) mod sessions;
 pub(crate) mod signing_keys;
 pub(crate) mod telemetry;
 pub(crate) mod tenants;
+pub(crate) mod totp;
 pub(crate) mod users;

@@ -12,7 +12,7 @@ use fleet_core::login_failure::{self, Attempt};
 use fleet_core::login_session::{self, LoginSession, Method, Refresh};
 use fleet_core::policy::{Home, Permission, Role};
 use fleet_core::scope::{Conjunction, Extent};
-use fleet_core::{Error, user};
+use fleet_core::{Error, totp, user};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -31,6 +31,10 @@ pub(crate) struct Login {
     /// The password.
     #[schema(value_type = String, format = Password)]
     password: Secret,
+    /// A code of the authenticator, or a recovery code, when the user has one.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "492039")]
+    code: Option<Secret>,
     /// Whether the refresh token is set as a cookie, for browsers; else it is in the answer, for programs.
     #[serde(default = "yes")]
     cookie: bool,
@@ -63,7 +67,7 @@ pub(crate) struct LoggedIn {
         (status = 200, description = "The password is right.", body = LoggedIn, headers(
             ("Set-Cookie" = Option<String>, description = "The refresh token, unless `cookie` is false."),
         )),
-        (status = 401, description = "It is not, or there is no such user; which, is not said.", body = Document, content_type = "application/problem+json"),
+        (status = 401, description = "It is not, or there is no such user; which, is not said. Or it is, and a code is needed (`totp-required`) or wrong (`bad-code`).", body = Document, content_type = "application/problem+json"),
         (status = 403, description = "A page of another site sent the request.", body = Document, content_type = "application/problem+json"),
         (status = 429, description = "Too many logins at once, or too many that failed: see Retry-After.", body = Document, content_type = "application/problem+json"),
     )
@@ -78,6 +82,9 @@ pub(crate) async fn login(
         Ok(user) => user,
         Err(error) => return Err(failed(&app, attempt, error).await?),
     };
+    if let Err(error) = second_factor(&app, user.id, login.code.as_ref()).await {
+        return Err(failed(&app, attempt, error).await?);
+    }
     let (mut tx, now) = (app.begin().await?, app.clock.now());
     let origin = client.origin();
     let (session, token, ended) =
@@ -88,8 +95,56 @@ pub(crate) async fn login(
     logged_in(&app, &client, &session, &token, login.cookie).await
 }
 
+/// Takes the code of a user who needs one.
+async fn second_factor(app: &App, user: UserId, code: Option<&Secret>) -> fleet_core::Result<()> {
+    if totp::find(&mut *app.db.acquire().await?, user).await?.is_none() {
+        return Ok(());
+    }
+    take_code(app, user, code.ok_or(Error::TotpRequired)?).await
+}
+
+/// Takes a code, which is worth nothing from then on, whatever comes of the rest.
+async fn take_code(app: &App, user: UserId, code: &Secret) -> fleet_core::Result<()> {
+    let mut tx = app.begin().await?;
+    totp::verify(&mut tx, app.pki.seal(), user, code.expose(), app.clock.now()).await?;
+    Ok(tx.commit().await?)
+}
+
+/// Asks a caller for the password once more, and where one is given for a code, since a token may be in other hands; answers
+/// the caller's address. It forgives no earlier failures: who has the token and the password would guess codes for ever.
+pub(crate) async fn check_again(
+    app: &App,
+    person: &Person,
+    client: &Client,
+    password: &Secret,
+    code: Option<&Secret>,
+) -> Result<String, Problem> {
+    let user = user::find(&mut *person.read_self(app).await?, person.id).await?;
+    let email = user.ok_or(Error::NoSuchUser(person.id))?.email;
+    let tried = attempt(app, client, &email).await?;
+    let checked = async {
+        app.logins.login(&app.db, &email, password).await?;
+        match code {
+            Some(code) => take_code(app, person.id, code).await,
+            None => Ok(()),
+        }
+    };
+    let Err(error) = checked.await else {
+        take_back(app, tried).await?;
+        return Ok(email);
+    };
+    // Not 401: the access token is fine.
+    let wrong = match error {
+        Error::BadLogin => Some(Problem::new(403, "wrong-password", "the password is wrong")),
+        Error::BadCode => Some(Problem::new(403, "wrong-code", error.to_string())),
+        _ => None,
+    };
+    let problem = failed(app, tried, error).await?;
+    Err(wrong.unwrap_or(problem))
+}
+
 /// Counts a try, in all processes; who has to wait is refused before anything is done.
-pub(crate) async fn attempt(app: &App, client: &Client, email: &str) -> Result<Attempt, Problem> {
+async fn attempt(app: &App, client: &Client, email: &str) -> Result<Attempt, Problem> {
     let mut tx = app.begin().await?;
     let attempt = login_failure::attempt(&mut tx, email, client.address, &app.auth, app.clock.now()).await;
     let attempt = attempt.inspect_err(|error| {
@@ -101,19 +156,28 @@ pub(crate) async fn attempt(app: &App, client: &Client, email: &str) -> Result<A
     Ok(attempt)
 }
 
-/// What a try that failed is answered; one whose password was not looked at is taken back.
-pub(crate) async fn failed(app: &App, attempt: Attempt, error: Error) -> Result<Problem, Problem> {
-    if matches!(error, Error::BadLogin) {
-        app.metrics.logins_failed.with_label_values(&["password"]).inc();
+/// What a try that failed is answered; one that was no guess is taken back.
+async fn failed(app: &App, attempt: Attempt, error: Error) -> Result<Problem, Problem> {
+    let wrong = match error {
+        Error::BadLogin => Some("password"),
+        Error::BadCode => Some("code"),
+        _ => None,
+    };
+    if let Some(wrong) = wrong {
+        app.metrics.logins_failed.with_label_values(&[wrong]).inc();
         return Ok(error.into());
     }
     if matches!(error, Error::Busy(_)) {
         app.metrics.logins_busy.inc();
     }
+    take_back(app, attempt).await?;
+    Ok(error.into())
+}
+
+async fn take_back(app: &App, attempt: Attempt) -> fleet_core::Result<()> {
     let mut tx = app.begin().await?;
     login_failure::undo(&mut tx, attempt, app.clock.now()).await?;
-    tx.commit().await?;
-    Ok(error.into())
+    Ok(tx.commit().await?)
 }
 
 /// A new access token, and the refresh token where the next request looks for it.

@@ -6,14 +6,14 @@ use chrono::{DateTime, Utc};
 use fleet_core::audit::Entry;
 use fleet_core::config::Secret;
 use fleet_core::id::UserId;
-use fleet_core::{Error, login_failure, login_session, password, password_reset, user};
+use fleet_core::{Error, login_session, password, password_reset, user};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::client::Client;
 use crate::extract::{AccessManage, Can, Json, Path, Person};
 use crate::problem::{Document, Problem};
-use crate::routes::auth::{attempt, failed};
+use crate::routes::auth::check_again;
 use crate::state::App;
 use crate::time;
 
@@ -58,7 +58,7 @@ pub(crate) async fn change(
     client: Client,
     Json(change): Json<ChangePassword>,
 ) -> Result<StatusCode, Problem> {
-    let email = check_again(&app, &person, &client, &change.current).await?;
+    let email = check_again(&app, &person, &client, &change.current, None).await?;
     let hash = hashed(&app, &change.new, &email).await?;
     let mut tx = person.change_self(&app).await?;
     user::set_password(&mut tx, person.id, &hash, app.clock.now()).await?;
@@ -66,32 +66,6 @@ pub(crate) async fn change(
     tx.commit(Entry::of("user.change-password", person.id)).await?;
     app.metrics.sessions_ended.with_label_values(&["password"]).inc_by(ended);
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// Asks a caller for the password once more, since a token may be in other hands; answers the caller's address.
-pub(crate) async fn check_again(
-    app: &App,
-    person: &Person,
-    client: &Client,
-    password: &Secret,
-) -> Result<String, Problem> {
-    let user = user::find(&mut *person.read_self(app).await?, person.id).await?;
-    let email = user.ok_or(Error::NoSuchUser(person.id))?.email;
-    let tried = attempt(app, client, &email).await?;
-    match app.logins.login(&app.db, &email, password).await {
-        Ok(_) => {
-            let mut tx = app.begin().await?;
-            login_failure::succeeded(&mut tx, tried, app.clock.now()).await?;
-            tx.commit().await?;
-            Ok(email)
-        }
-        Err(error) => {
-            let wrong = matches!(error, Error::BadLogin);
-            let problem = failed(app, tried, error).await?;
-            // Not 401: the access token is fine.
-            Err(if wrong { Problem::new(403, "wrong-password", "the password is wrong") } else { problem })
-        }
-    }
 }
 
 /// A link to a new password.

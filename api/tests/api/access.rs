@@ -22,7 +22,12 @@ const REFRESHING: &str = "POST /api/v1/auth/refresh";
 /// Opened by the secret of a claim.
 const BY_CLAIM: &str = "POST /api/v1/provision";
 /// Open to every user, whatever the role.
-const SIGNED_IN: [&str; 6] = [
+const SIGNED_IN: [&str; 11] = [
+    "GET /api/v1/auth/totp",
+    "POST /api/v1/auth/totp",
+    "POST /api/v1/auth/totp/confirm",
+    "POST /api/v1/auth/totp/recovery-codes",
+    "DELETE /api/v1/auth/totp",
     "POST /api/v1/auth/password",
     "GET /api/v1/me",
     "POST /api/v1/auth/logout",

@@ -25,4 +25,5 @@ mod roles;
 mod sessions;
 mod telemetry;
 mod tenants;
+mod totp;
 mod users;

@@ -17,6 +17,7 @@ use fleet_core::idempotency::{self, Answer, Key};
 use fleet_core::login_session::Origin;
 use fleet_core::policy::{Manager, Permission, Principal, Role, Who};
 use fleet_core::scope::Extent;
+use fleet_core::selector;
 use fleet_core::token;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -425,6 +426,18 @@ impl<'a> Params<'a> {
         }
         match all.pop()?.parse() {
             Ok(value) => Some(value),
+            Err(error) => {
+                self.refuse(name, error.to_string());
+                None
+            }
+        }
+    }
+
+    /// A selector of devices that may be there once.
+    pub(crate) fn selector(&mut self, name: &'static str) -> Option<fleet_core::query::Query> {
+        let text = self.one::<String>(name)?;
+        match selector::read(&text, self.app.clock.now()) {
+            Ok(selector) => Some(selector),
             Err(error) => {
                 self.refuse(name, error.to_string());
                 None

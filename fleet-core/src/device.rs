@@ -10,15 +10,16 @@ use std::str::FromStr;
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
-use sqlx::PgConnection;
 use sqlx::types::Json;
+use sqlx::{PgConnection, Postgres, QueryBuilder};
 
 use crate::control;
 use crate::credential::{self, Issued};
 use crate::error::{Error, OrOn, Result, check_version};
 use crate::id::{DeviceId, DeviceKey, TenantKey, is_name};
+use crate::query::Query;
 use crate::revocation;
-use crate::scope::Selector;
+use crate::selector::DeviceColumns;
 
 /// Longest group path, in bytes.
 pub const MAX_GROUP_BYTES: usize = 255;
@@ -231,7 +232,7 @@ pub struct Filter {
     /// With all these labels.
     pub labels: Labels,
     /// That this picks.
-    pub selector: Option<Selector>,
+    pub selector: Option<Query>,
 }
 
 /// Some devices in the order of their ids.
@@ -339,36 +340,41 @@ pub async fn page(
     let limit = limit.clamp(1, MAX_PAGE);
     // One plan for all filters would read and sort the whole fleet for each page: 180 ms instead of 0.1 at 100,000 devices.
     sqlx::query!("set local plan_cache_mode = force_custom_plan").execute(&mut *db).await?;
-    let mut ids = sqlx::query_scalar!(
-        "
-        select d.id
-          from device d
-          left join device_status s on s.device_key = d.key
-         where d.tenant_key = $1
-           and ($2::text is null or d.id > $2)
-           and ($3::text is null or d.type = $3)
-           and ($4::text is null or d.group_path = $4 or starts_with(d.group_path, $4 || '/'))
-           and ($5::text is null or coalesce(s.state, 'never_seen') = $5)
-           and d.labels @> $6
-           and ($8::text is null or in_scope($8::text::jsonb, d.group_path, d.type, d.labels))
-         order by d.id
-         limit $7
-        ",
-        tenant.0,
-        after.map(DeviceId::as_str),
-        filter.kind.as_ref().map(DeviceType::as_str),
-        filter.group.as_ref().map(GroupPath::as_str),
-        filter.state.as_deref(),
-        Json(&filter.labels) as _,
-        i64::try_from(limit + 1).expect("limit is at most MAX_PAGE"),
-        filter.selector.as_ref().map(|selector| selector.extent().setting())
-    )
-    .fetch_all(&mut *db)
-    .await?;
+    let mut sql = QueryBuilder::new(
+        "select d.id from device d left join device_status s on s.device_key = d.key where d.tenant_key = ",
+    );
+    sql.push_bind(tenant.0);
+    push_filter(filter, &mut sql)?;
+    if let Some(after) = after {
+        sql.push(" and d.id > ").push_bind(after.to_string());
+    }
+    sql.push(" order by d.id limit ").push_bind(i64::try_from(limit + 1).expect("limit is at most MAX_PAGE"));
+    let mut ids: Vec<String> = sql.build_query_scalar().persistent(false).fetch_all(&mut *db).await?;
     let more = ids.len() > limit;
     ids.truncate(limit);
     let next = if more { ids.last().map(|id| id.parse()).transpose()? } else { None };
     Ok(Page { items: read(db, tenant, &ids).await?, next })
+}
+
+/// Writes the conditions of a filter behind others.
+fn push_filter(filter: &Filter, sql: &mut QueryBuilder<Postgres>) -> Result<()> {
+    if let Some(kind) = &filter.kind {
+        sql.push(" and d.type = ").push_bind(kind.to_string());
+    }
+    if let Some(group) = &filter.group {
+        sql.push(" and starts_with(d.group_path || '/', ").push_bind(format!("{group}/")).push(")");
+    }
+    if let Some(state) = &filter.state {
+        sql.push(" and coalesce(s.state, 'never_seen') = ").push_bind(state.clone());
+    }
+    if !filter.labels.as_map().is_empty() {
+        sql.push(" and d.labels @> ").push_bind(Json(filter.labels.clone()));
+    }
+    if let Some(selector) = &filter.selector {
+        sql.push(" and ");
+        selector.push_sql(&DeviceColumns, sql)?;
+    }
+    Ok(())
 }
 
 /// Changes a device: as it was, and as it is. With `expected` not empty, its version must be one of them. A patch that

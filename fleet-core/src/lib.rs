@@ -25,6 +25,8 @@
 //! | secrets of programs | [`api_key`] |
 //! | permissions, and who may do what | [`policy`] |
 //! | roles that people make, and who has them for which devices | [`role`], [`binding`] |
+//! | the one query language, over whatever has fields | [`query`], by [`words`], [`version`] and [`level`] |
+//! | which devices are wanted | [`selector`] |
 //! | which devices a binding is about | [`scope`]; in memory, for the MQTT door: [`directory`] |
 //! | who a user or an API key is now | `standing` |
 //! | which rule decides, and what would be needed; what a change would give and take | [`explain`], [`difference`] |
@@ -66,18 +68,21 @@ pub mod idempotency;
 pub mod import;
 pub mod issuing;
 pub mod latest;
+pub mod level;
 pub mod login_failure;
 pub mod login_session;
 pub mod password;
 pub mod password_reset;
 pub mod policy;
 pub mod postgres;
+pub mod query;
 pub mod retained;
 pub mod retention;
 pub mod revocation;
 pub mod role;
 pub mod scope;
 pub mod seal;
+pub mod selector;
 pub mod session;
 pub mod signing_key;
 mod standing;
@@ -90,5 +95,7 @@ pub mod topic;
 pub mod topic_rule;
 pub mod totp;
 pub mod user;
+pub mod version;
+pub mod words;
 
 pub use error::{Error, Result};

@@ -7,15 +7,17 @@
 
 use std::collections::BTreeMap;
 
+use chrono::DateTime;
 use serde::{Deserialize, Serialize};
 use sqlx::types::Json;
 
 use crate::device::{DeviceType, GroupPath, Labels};
 use crate::error::{Error, Result};
+use crate::query::{Expression, Kind, Query, Schema, Term, Test};
 
 /// Longest selector, in bytes.
 pub const MAX_SELECTOR_BYTES: usize = 1024;
-/// Most alternatives (`OR`) of one selector.
+/// Most alternatives of one selector, when it is written as an `OR` of `AND`s.
 pub const MAX_ALTERNATIVES: usize = 16;
 
 /// Which devices a binding is about, as it is written and stored.
@@ -56,10 +58,10 @@ impl Scope {
     }
 }
 
-/// Picks devices by what is known of them: `type:freezer AND label.site:oslo OR group:site/line-3`.
+/// Picks devices by what people say of them: `type:freezer AND NOT (label.site:oslo OR group:site/line-3)`.
 ///
-/// Terms are `type:`, `group:` (that group and all below it) and `label.KEY:`; a value with blanks stands in double quotes. `AND`
-/// binds more than `OR` and may be left out.
+/// The query language over `type:`, `group:` (that group and all below it) and `label.KEY:`, each with a whole value: what a
+/// device itself says, such as its firmware, cannot decide who may reach it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Selector {
@@ -83,8 +85,23 @@ impl From<Selector> for String {
 impl TryFrom<String> for Selector {
     type Error = Error;
     fn try_from(text: String) -> Result<Self> {
-        let alternatives = parse(&text)?;
-        Ok(Self { text, alternatives })
+        if text.len() > MAX_SELECTOR_BYTES {
+            return Err(Error::Invalid(format!(
+                "the selector is too long: expected at most {MAX_SELECTOR_BYTES} bytes"
+            )));
+        }
+        if text.trim().is_empty() {
+            return Err(refused(1, "one of type:, group:, label.NAME:"));
+        }
+        // There are no times in it for which now would matter.
+        let query = Query::parse(&text, &SCHEMA, DateTime::UNIX_EPOCH)?;
+        match picked(query.expression(), false)? {
+            Extent::Everything => Err(refused(1, "a choice: the scope of all devices is the tenant")),
+            Extent::Any(alternatives) if alternatives.is_empty() => {
+                Err(refused(1, "what a device can be: this picks none"))
+            }
+            Extent::Any(alternatives) => Ok(Self { text, alternatives }),
+        }
     }
 }
 
@@ -95,73 +112,64 @@ impl std::str::FromStr for Selector {
     }
 }
 
+const SCHEMA: Schema = Schema {
+    noun: "selector",
+    fields: &[("type", Kind::Name), ("group", Kind::Path)],
+    families: &[("label.", Kind::Name)],
+    words: None,
+};
+
 fn refused(column: usize, expected: &str) -> Error {
     Error::Invalid(format!("selector, column {column}: expected {expected}"))
 }
 
-fn parse(text: &str) -> Result<Vec<Conjunction>> {
-    if text.len() > MAX_SELECTOR_BYTES {
-        return Err(Error::Invalid(format!("the selector is too long: expected at most {MAX_SELECTOR_BYTES} bytes")));
-    }
-    let mut alternatives = vec![Conjunction::default()];
-    let (mut wants_term, mut empty) = (true, true);
-    for Word { text: word, column } in words(text)? {
-        match word.as_str() {
-            "AND" | "OR" if wants_term => return Err(refused(column, TERM)),
-            "AND" => wants_term = true,
-            "OR" if alternatives.len() == MAX_ALTERNATIVES => {
-                return Err(refused(column, &format!("at most {MAX_ALTERNATIVES} alternatives")));
-            }
-            "OR" => {
-                alternatives.push(Conjunction::default());
-                wants_term = true;
-            }
-            term => {
-                let last = alternatives.last_mut().expect("begins with one");
-                last.add(term).map_err(|expected| refused(column, &expected))?;
-                (wants_term, empty) = (false, false);
-            }
+/// What an expression picks, or what it does not; `NOT` is taken down to the terms (De Morgan).
+fn picked(expression: &Expression, is_not: bool) -> Result<Extent> {
+    let extent = match expression {
+        Expression::All if is_not => Extent::NOTHING,
+        Expression::All => Extent::Everything,
+        Expression::Not(inner) => picked(inner, !is_not)?,
+        Expression::Term(term) => {
+            let one = conjunction(term)?;
+            let one = if is_not { Conjunction { not: vec![one], ..Conjunction::default() } } else { one };
+            Extent::Any(vec![one])
         }
-    }
-    if wants_term || empty {
-        return Err(refused(text.chars().count() + 1, TERM));
-    }
-    Ok(alternatives)
+        Expression::And(parts) if is_not => any_of(parts, is_not)?,
+        Expression::Or(parts) if !is_not => any_of(parts, is_not)?,
+        Expression::And(parts) | Expression::Or(parts) => {
+            parts.iter().try_fold(Extent::Everything, |all, part| bounded(all.and(&picked(part, is_not)?)))?
+        }
+    };
+    bounded(extent)
 }
 
-const TERM: &str = "type:…, group:… or label.KEY:…";
-
-struct Word {
-    text: String,
-    /// From 1, in characters.
-    column: usize,
+fn any_of(parts: &[Expression], is_not: bool) -> Result<Extent> {
+    parts.iter().try_fold(Extent::NOTHING, |some, part| bounded(some.or(&picked(part, is_not)?)))
 }
 
-/// The words between blanks; what stands in double quotes is not divided, and the quotes are taken off.
-fn words(text: &str) -> Result<Vec<Word>> {
-    let mut words: Vec<Word> = Vec::new();
-    let (mut quoted_at, mut inside) = (None, false);
-    for (place, c) in text.chars().enumerate() {
-        match c {
-            '"' => quoted_at = if quoted_at.is_some() { None } else { Some(place + 1) },
-            c if c.is_whitespace() && quoted_at.is_none() => {
-                inside = false;
-                continue;
-            }
-            _ => {}
+fn bounded(extent: Extent) -> Result<Extent> {
+    match &extent {
+        Extent::Any(some) if some.len() > MAX_ALTERNATIVES => {
+            Err(refused(1, &format!("at most {MAX_ALTERNATIVES} alternatives, when it is written as an OR of ANDs")))
         }
-        if !inside {
-            words.push(Word { text: String::new(), column: place + 1 });
-            inside = true;
-        }
-        if c != '"' {
-            words.last_mut().expect("one was begun").text.push(c);
-        }
+        _ => Ok(extent),
     }
-    match quoted_at {
-        Some(column) => Err(refused(column, "a second double quote to end the value")),
-        None => Ok(words),
+}
+
+fn conjunction(term: &Term) -> Result<Conjunction> {
+    let at = |error: Error| refused(term.column, &error.to_string());
+    let mut one = Conjunction::default();
+    match (&term.test, term.field.as_str()) {
+        (Test::Within(path), _) => one.group = Some(path.parse().map_err(at)?),
+        (Test::Is(kind), "type") => one.kind = Some(kind.parse().map_err(at)?),
+        (Test::Is(value), field) => {
+            let key = field.strip_prefix("label.").unwrap_or(field);
+            let label = BTreeMap::from([(key.to_owned(), value.clone())]);
+            one.labels = Labels::try_from(label).map_err(at)?.into();
+        }
+        _ => return Err(refused(term.column, &format!("the whole value of {}, without *", term.field))),
     }
+    Ok(one)
 }
 
 /// What an extent asks about a device.
@@ -176,7 +184,7 @@ pub struct Attributes {
     pub labels: Labels,
 }
 
-/// What must be true of a device, all of it: in this group or below it, of this type, with these labels.
+/// What must be true of a device, all of it: in this group or below it, of this type, with these labels, and not such or such.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Conjunction {
     /// In this group or below it.
@@ -188,32 +196,12 @@ pub struct Conjunction {
     /// With these labels.
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     pub labels: BTreeMap<String, String>,
+    /// And for which none of these holds.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub not: Vec<Self>,
 }
 
 impl Conjunction {
-    fn add(&mut self, term: &str) -> Result<(), String> {
-        let (field, value) = term.split_once(':').ok_or_else(|| TERM.to_owned())?;
-        let other = |has: bool| if has { Err(format!("{field} once, or OR between two of them")) } else { Ok(()) };
-        match field {
-            "type" => {
-                other(self.kind.is_some())?;
-                self.kind = Some(value.parse().map_err(|error: Error| error.to_string())?);
-            }
-            "group" => {
-                other(self.group.is_some())?;
-                self.group = Some(value.parse().map_err(|error: Error| error.to_string())?);
-            }
-            _ => {
-                let key = field.strip_prefix("label.").ok_or_else(|| TERM.to_owned())?;
-                other(self.labels.contains_key(key))?;
-                let mut labels = self.labels.clone();
-                labels.insert(key.to_owned(), value.to_owned());
-                self.labels = Labels::try_from(labels).map_err(|error| error.to_string())?.into();
-            }
-        }
-        Ok(())
-    }
-
     /// Whether it holds for a device.
     pub fn contains(&self, device: &Attributes) -> bool {
         let in_group =
@@ -221,6 +209,7 @@ impl Conjunction {
         in_group
             && self.kind.as_ref().is_none_or(|kind| device.kind.as_ref() == Some(kind))
             && self.labels.iter().all(|(key, value)| device.labels.as_map().get(key) == Some(value))
+            && !self.not.iter().any(|not| not.contains(device))
     }
 
     /// What holds when both do; `None` when they never do.
@@ -241,11 +230,21 @@ impl Conjunction {
                 return None;
             }
         }
-        Some(Self { group, kind, labels })
+        let mut not = self.not.clone();
+        not.extend(other.not.iter().filter(|more| !self.not.contains(more)).cloned());
+        let wanted = Self { group, kind, labels, not: Vec::new() };
+        // What is already impossible need not be ruled out, and what is ruled out whole is nothing.
+        not.retain(|not| wanted.and(not).is_some());
+        (!not.iter().any(|not| not.covers(&wanted))).then_some(Self { not, ..wanted })
     }
 
-    /// Whether it holds wherever `other` holds.
+    /// Whether it is seen to hold wherever `other` holds.
     fn covers(&self, other: &Self) -> bool {
+        let rules_out = |not: &Self| other.and(not).is_none() || other.not.iter().any(|wider| wider.covers(not));
+        self.not.iter().all(rules_out) && self.wants_no_more_than(other)
+    }
+
+    fn wants_no_more_than(&self, other: &Self) -> bool {
         self.group.as_ref().is_none_or(|group| other.group.as_ref().is_some_and(|of| of.is_within(group)))
             && self.kind.as_ref().is_none_or(|kind| other.kind.as_ref() == Some(kind))
             && self.labels.iter().all(|(key, value)| other.labels.get(key) == Some(value))
@@ -366,12 +365,18 @@ pub(crate) mod tests {
         })
     }
 
-    fn conjunction() -> impl Strategy<Value = Conjunction> {
+    fn plain() -> impl Strategy<Value = Conjunction> {
         (option::of(group()), option::of(kind()), labels()).prop_map(|(group, kind, labels)| Conjunction {
             group,
             kind,
             labels,
+            not: Vec::new(),
         })
+    }
+
+    fn conjunction() -> impl Strategy<Value = Conjunction> {
+        let wanted = (plain(), vec(plain(), 0..3));
+        wanted.prop_map(|(plain, not)| Conjunction { not, ..plain })
     }
 
     /// An extent of that world.
@@ -442,23 +447,29 @@ pub(crate) mod tests {
             read.extent().setting(),
             r#"[{"group":"a","type":"pump","labels":{"site":"New York"}},{"labels":{"x":"1:2"}}]"#
         );
+        let without: Selector = "type:pump AND NOT (label.site:oslo OR group:a)".parse().unwrap();
+        assert_eq!(without.extent().setting(), r#"[{"type":"pump","not":[{"labels":{"site":"oslo"}},{"group":"a"}]}]"#);
     }
 
     #[test]
     fn what_is_no_selector_is_refused_where_it_goes_wrong() {
-        let many = vec!["type:a"; MAX_ALTERNATIVES + 1].join(" OR ");
+        let many = (0..=MAX_ALTERNATIVES).map(|n| format!("type:a{n}")).collect::<Vec<_>>().join(" OR ");
         for (text, column, said) in [
-            ("", 1, "type:…"),
-            ("type:a AND", 11, "type:…"),
-            ("AND type:a", 1, "type:…"),
-            ("type:a OR OR type:b", 11, "type:…"),
-            ("hello", 1, "type:…"),
-            ("type:a type:b", 8, "OR between"),
-            ("label.x:1 AND label.x:2", 15, "OR between"),
+            ("", 1, "one of type:"),
+            ("type:a AND", 11, "one of type:"),
+            ("AND type:a", 1, "one of type:"),
+            ("type:a OR OR type:b", 11, "one of type:"),
+            ("hello", 1, "one of type:"),
+            ("type:a type:b", 1, "picks none"),
+            ("label.x:1 AND NOT label.x:1", 1, "picks none"),
+            ("type:a OR NOT type:a OR *", 1, "the scope of all devices is the tenant"),
             ("type:a label.x:\"b", 16, "double quote"),
-            ("type:a group:/", 8, "names joined by /"),
-            ("site:oslo", 1, "label.KEY"),
-            (many.as_str(), 158, "at most 16"),
+            ("type:a group:/", 14, "a path"),
+            ("site:oslo", 1, "label.NAME"),
+            ("firmware:<2.0", 1, "not a field"),
+            ("group:a AND type:fr*", 13, "the whole value of type"),
+            ("label.x:*", 1, "the whole value of label.x"),
+            (many.as_str(), 1, "at most 16"),
         ] {
             let why = text.parse::<Selector>().unwrap_err().to_string();
             assert!(why.contains(&format!("column {column}:")) && why.contains(said), "{text}: {why}");

@@ -11,6 +11,7 @@ use fleet_core::audit::Entry;
 use fleet_core::device::{self, Device, DeviceType, Filter, GroupPath, Labels, MAX_PAGE, NewDevice, Patch};
 use fleet_core::gateway;
 use fleet_core::id::DeviceId;
+use fleet_core::selector::{NEVER_SEEN, STATES};
 use fleet_core::status::{self, DeviceStatus};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -30,9 +31,6 @@ use crate::time;
 
 /// Devices on a page unless it is said.
 const DEFAULT_PAGE: usize = 100;
-/// What a device without a status is.
-const NEVER_SEEN: &str = "never_seen";
-const STATES: [&str; 5] = [NEVER_SEEN, "online", "sleeping", "offline", "lost"];
 
 /// A device.
 #[derive(Serialize, ToSchema)]
@@ -279,7 +277,8 @@ pub(crate) struct ListQuery {
     state: Option<String>,
     /// `key=value`; repeated or separated by commas, all must hold. A comma in a value is written `\,`.
     label: Option<Vec<String>>,
-    /// Such as `type:freezer AND label.site:oslo OR group:site/line-3`: what it picks must hold beside all the others.
+    /// Such as `type:freezer AND label.site:oslo AND firmware:<2.0`, in the query language: what it picks must hold beside all the
+    /// others.
     selector: Option<String>,
     /// Devices on the page.
     #[param(minimum = 1, maximum = 1000, default = 100)]
@@ -301,7 +300,7 @@ impl FromQuery for List {
             group: query.one("group"),
             state: query.one::<StateName>("state").map(|state| state.0.to_owned()),
             labels: wanted_labels(query),
-            selector: query.one("selector"),
+            selector: query.selector("selector"),
         };
         let limit = query.limit(DEFAULT_PAGE, MAX_PAGE);
         let after = behind(query);

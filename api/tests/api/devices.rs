@@ -158,6 +158,9 @@ async fn a_filter_means_what_it_says() {
         ("type=boiler", &["a", "b"][..]),
         ("selector=type:freezer%20OR%20label.site:%22Oslo,%20Norway%22", &["b", "c"]),
         ("selector=group:plant%20AND%20label.site:oslo&type=boiler", &["a"]),
+        ("selector=device:a*%20OR%20(state:never_seen%20AND%20NOT%20type:boiler)", &["a", "c"]),
+        ("selector=created:%3Enow-1h%20-group:plant/line-1", &["b", "c"]),
+        ("selector=firmware:%3C2.0", &[]),
         ("group=plant/line-1", &["a"]),
         ("group=plant", &["a", "b", "c"]),
         ("label=site%3Doslo", &["a", "c"]),
@@ -183,7 +186,8 @@ async fn a_query_that_cannot_be_meant_is_refused_with_what_was_expected() {
     let foreign = format!("cursor={}", cursor("r1,2"));
     let reserved = format!("cursor={}", cursor("d_x"));
     for (query, field, expected) in [
-        ("selector=x", "selector", "column 1: expected type:"),
+        ("selector=x", "selector", "column 1: expected one of device:, type:"),
+        ("selector=type:a%20firmware:%3Cnew", "selector", "column 18: expected a version such as 2.0.1"),
         ("select=type:x", "select", "expected type, group, state, label, selector, limit, cursor"),
         ("limit=0", "limit", "1 to 1000"),
         ("limit=many", "limit", "1 to 1000"),

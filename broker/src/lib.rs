@@ -12,7 +12,7 @@
 //! | the subscription tree, and retained messages | `router.rs`, `retained.rs` |
 //! | who may connect, and on which topics | `access.rs`, many at once by `batch.rs` |
 //! | queue → writer → database → acknowledgement | `ingest.rs` |
-//! | a device's signing request → its certificate → the answer | `renewal.rs` |
+//! | requests that are answered on a topic | `desk.rs`: `renewal.rs` (certificates) |
 //! | who is connected, and what they are told from outside | `presence.rs` |
 //! | changed rights, questions of operators | `control.rs` |
 //! | what one client sends and is sent, as text | `trace.rs` |
@@ -29,6 +29,7 @@ mod admission;
 mod batch;
 mod connection;
 mod control;
+mod desk;
 mod events;
 mod flapping;
 mod guessing;
@@ -83,12 +84,13 @@ pub use tls::{BadTls, TlsFiles};
 use access::Access;
 use admission::Admission;
 use control::{Control, Controlling};
+use desk::{Desk, Serving};
 use events::Events;
 use identity::Certificates;
 use ingest::Ingest;
 use listener::Entrance;
 use presence::Presences;
-use renewal::{Renewals, Renewing};
+use renewal::Renewals;
 use retained::Retained;
 use router::Router;
 use rows::Now;
@@ -163,7 +165,7 @@ struct Shared {
     sessions: Arc<Sessions>,
     store: Store,
     ingest: Ingest,
-    renewals: Renewals,
+    renewals: Desk<renewal::By>,
     metrics: Metrics,
     events: Events,
     presences: Presences,
@@ -185,7 +187,7 @@ pub struct Broker {
     /// What the broker tells of itself, unless that is off.
     telling: Option<JoinHandle<()>>,
     writers: ingest::Writers,
-    renewing: Renewing,
+    desks: [Serving; 1],
     storing: store::Storing,
     events: events::Writing,
 }
@@ -228,8 +230,10 @@ impl Broker {
             events: events.clone(),
         });
         let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &store, &metrics);
-        let (renewals, renewing) =
-            renewal::start(parts.pki.clone(), parts.db.clone(), parts.clock.clone(), store.clone(), metrics.clone());
+        let (db, clock) = (parts.db.clone(), parts.clock.clone());
+        let renewals = Renewals { pki: parts.pki.clone(), db, clock, metrics: metrics.clone() };
+        let room = renewals.room();
+        let (renewals, renewing) = desk::open(renewals, &room, store.clone(), metrics.clone());
         let certificates = Certificates::new(parts.db.clone(), parts.clock.clone(), tls.clone(), parts.pki.settings());
         let shared = Arc::new(Shared {
             access: Access::new(
@@ -282,7 +286,7 @@ impl Broker {
             controlling,
             telling,
             writers,
-            renewing,
+            desks: [renewing],
             storing,
             events: writing,
         })
@@ -331,7 +335,9 @@ impl Broker {
         }
         drop(self.shared);
         self.writers.stop(STOP_WITHIN).await;
-        self.renewing.stop(STOP_WITHIN).await;
+        for desk in self.desks {
+            desk.stop(STOP_WITHIN).await;
+        }
         self.storing.stop(STOP_WITHIN).await;
         self.events.stop().await;
     }

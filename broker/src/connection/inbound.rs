@@ -172,9 +172,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     fn renew(&mut self, sender: Arc<Sender>, publish: &Publish) {
         let (proof, address) = (self.presence.principal().proof, self.presence.address());
         // It may wait for long: it must not hold everything that was read with it.
-        let request = renewal::Request { sender, proof, address, incoming: self.incoming(publish.detached()) };
+        let (by, incoming) = (renewal::By { sender, proof, address }, self.incoming(publish.detached()));
         let shared = self.shared.clone();
-        self.stalled = Some(Box::pin(async move { shared.renewals.ask(request).await }));
+        self.stalled = Some(Box::pin(async move { shared.renewals.ask(by, incoming).await }));
     }
 
     fn incoming(&mut self, publish: Publish) -> Incoming {

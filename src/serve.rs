@@ -220,6 +220,7 @@ async fn start_broker(
         writer_options: database.options(),
         keys: keys.clone(),
         pki: pki.clone(),
+        provisioning: config.provisioning.clone(),
         clock: clock.clone(),
         registry: registry.clone(),
     })

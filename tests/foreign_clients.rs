@@ -75,7 +75,7 @@ impl Client {
 }
 
 /// The Python with Paho that `make setup` installs.
-fn python() -> PathBuf {
+pub(crate) fn python() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("target/venv/bin/python")
 }
 

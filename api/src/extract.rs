@@ -117,7 +117,9 @@ impl FromRequestParts<App> for Caller {
         }
         match principal.who {
             Who::User { id, key, .. } => Ok(Self { id, tenant: principal.tenant, key, principal, source }),
-            Who::Device { .. } => Err(Problem::new(401, "bad-token", "expected the access token of a user")),
+            Who::Device { .. } | Who::Claim { .. } => {
+                Err(Problem::new(401, "bad-token", "expected the access token of a user"))
+            }
         }
     }
 }
@@ -127,7 +129,7 @@ fn actor(principal: &Principal) -> Option<Actor> {
     match principal.who {
         Who::User { key: Some(key), .. } => Some(Actor::ApiKey(key)),
         Who::User { id, .. } => Some(Actor::User(principal.proof.viewer.unwrap_or(id))),
-        Who::Device { .. } => None,
+        Who::Device { .. } | Who::Claim { .. } => None,
     }
 }
 

@@ -9,19 +9,21 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use bytestring::ByteString;
+use fleet_core::claim;
 use fleet_core::clock::Clock;
 use fleet_core::config;
 use fleet_core::control::{self, Verdict};
 use fleet_core::credential::{self, Offer};
 use fleet_core::directory::Directory;
 use fleet_core::gateway::Children;
-use fleet_core::id::{TenantId, TenantKey};
+use fleet_core::id::{DeviceId, TenantId, TenantKey};
 use fleet_core::policy::{Guard, Principal, TopicRules, Who};
 use fleet_core::token::{self, Keys};
-use fleet_core::topic::{Channel, DeviceTopic};
+use fleet_core::topic::{Channel, DeviceTopic, ROOT};
 use sqlx::{PgConnection, PgPool};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use crate::batch::{Batcher, Bounds, NoAnswer};
 use crate::identity::{self, Certificates};
@@ -43,6 +45,7 @@ pub(crate) struct Access {
     /// Devices come in thousands at once: their tokens are verified together.
     devices: Batcher<DeviceToken, Option<Principal>>,
     users: Semaphore,
+    claims: Semaphore,
     certificates: Certificates,
     directory: Arc<Directory>,
 }
@@ -83,8 +86,8 @@ impl Access {
             let (db, clock) = (db.clone(), clock.clone());
             move |tokens| verify_devices(db.clone(), clock.clone(), tokens)
         });
-        let users = Semaphore::new(TOKENS_AT_ONCE);
-        Self { db, keys, clock, certificates, metrics: metrics.clone(), within, devices, users, directory }
+        let [users, claims] = [Semaphore::new(TOKENS_AT_ONCE), Semaphore::new(TOKENS_AT_ONCE)];
+        Self { db, keys, clock, certificates, metrics: metrics.clone(), within, devices, users, claims, directory }
     }
 
     /// Who stands behind a CONNECT: a device by its certificate, by `{tenant}/{device}` and its token, or by both; a user by
@@ -107,6 +110,7 @@ impl Access {
         let is_due = match who {
             Who::Device { key, id, .. } => self.directory.lacks(tenant_id, id, *key),
             Who::User { grants, .. } => !grants.is_unscoped() && !self.directory.holds(tenant_id),
+            Who::Claim { .. } => false,
         };
         if !is_due {
             return Ok(());
@@ -115,7 +119,7 @@ impl Access {
             let mut db = self.db.acquire().await?;
             match who {
                 Who::Device { key, .. } => self.directory.add(&mut db, tenant_id, *key).await,
-                Who::User { .. } => self.directory.load(&mut db, &HashSet::from([*tenant])).await,
+                Who::User { .. } | Who::Claim { .. } => self.directory.load(&mut db, &HashSet::from([*tenant])).await,
             }
         };
         match timeout(self.within, read).await {
@@ -132,7 +136,10 @@ impl Access {
         let (Some(username), Some(password)) = (&connect.username, &connect.password) else {
             return Err((Reason::NotAuthorized, "expected a user name and a password").into());
         };
-        let found = if username.contains('/') {
+        let found = if claim::parse_username(username).is_some() {
+            let asker = asker(connect)?;
+            timeout(self.within, self.claim(username, password, asker)).await.unwrap_or(Err(NoAnswer::Late))
+        } else if username.contains('/') {
             self.devices.ask((username.clone(), password.clone())).await
         } else {
             timeout(self.within, self.user(password)).await.unwrap_or(Err(NoAnswer::Late))
@@ -156,6 +163,19 @@ impl Access {
                 (Reason::ServerBusy, "the client was not authenticated in time").into()
             }
         }
+    }
+
+    async fn claim(&self, username: &str, secret: &[u8], asker: DeviceId) -> Result<Option<Principal>, NoAnswer> {
+        let _turn = self.claims.acquire().await.expect("the semaphore is never closed");
+        let verified = async {
+            let mut db = self.db.acquire().await?;
+            claim::verify(&mut db, username, secret, self.clock.now()).await
+        };
+        let found: fleet_core::Result<_> = verified.await;
+        found.map(|claimant| claimant.map(|claimant| claimant.principal(asker))).map_err(|error| {
+            tracing::warn!(%error, "the secret of a claim could not be verified");
+            NoAnswer::Failed
+        })
     }
 
     async fn user(&self, password: &[u8]) -> Result<Option<Principal>, NoAnswer> {
@@ -188,6 +208,15 @@ impl Access {
     }
 }
 
+/// What a client that asks by a claim calls itself: it is part of the topic on which it hears its answers. One without a name
+/// gets one.
+fn asker(connect: &Connect) -> Result<DeviceId, Refusal> {
+    let name =
+        if connect.client_id.is_empty() { Uuid::new_v4().simple().to_string() } else { connect.client_id.to_string() };
+    let expected = "expected a client id of 1 to 64 of A-Z a-z 0-9 . _ - that does not begin with _";
+    DeviceId::try_from(name).map_err(|_| (Reason::ClientIdentifierNotValid, expected).into())
+}
+
 /// Who stands behind each of these; `None` when the database cannot say.
 async fn verify_devices(db: PgPool, clock: Clock, tokens: Vec<DeviceToken>) -> Option<Vec<Option<Principal>>> {
     let verified = async {
@@ -208,6 +237,8 @@ pub(crate) enum Route {
     Status(Arc<Sender>),
     /// A signing request of this device: answered, and acknowledged after the certificate is stored.
     Renewal(Arc<Sender>),
+    /// A request to come in, by whoever shows the secret of a claim: answered, and acknowledged after what comes of it is stored.
+    Provision,
     /// Handed to whoever subscribes.
     Live,
 }
@@ -217,6 +248,8 @@ pub(crate) struct Rights {
     rules: TopicRules,
     /// The device, when the principal is one.
     sender: Option<Arc<Sender>>,
+    /// Whether the principal came by a claim.
+    is_claim: bool,
     /// Those it acts for, when it is a gateway.
     family: Option<Box<Family>>,
     /// Devices publish on few topics: the last decision is nearly always the next one.
@@ -230,9 +263,10 @@ impl Rights {
             Who::Device { key, id, .. } => {
                 Some(Arc::new(Sender { tenant: principal.tenant, device: *key, id: id.clone() }))
             }
-            Who::User { .. } => None,
+            Who::User { .. } | Who::Claim { .. } => None,
         };
-        Self { rules: principal.topic_rules(devices), sender, family: Family::of(principal), last: None }
+        let is_claim = matches!(principal.who, Who::Claim { .. });
+        Self { is_claim, rules: principal.topic_rules(devices), sender, family: Family::of(principal), last: None }
     }
 
     /// The device, when the principal is one.
@@ -262,7 +296,13 @@ impl Rights {
         if child.is_none() && !self.rules.may_publish(topic) {
             return Err("publishing on this topic is not allowed");
         }
-        let Some(DeviceTopic { channel, .. }) = DeviceTopic::parse(topic) else { return Ok(Route::Live) };
+        let Some(DeviceTopic { channel, .. }) = DeviceTopic::parse(topic) else {
+            return match (self.is_claim, is_of_provisioning(topic)) {
+                (true, _) => Ok(Route::Provision),
+                (false, true) => Err("only who shows the secret of a claim asks here, and only the server answers"),
+                (false, false) => Ok(Route::Live),
+            };
+        };
         let stored: fn(Arc<Sender>) -> Route = match channel {
             Channel::Telemetry => Route::Telemetry,
             Channel::Status => Route::Status,
@@ -315,6 +355,11 @@ impl Rights {
     pub(crate) fn may_subscribe(&self, filter: &str) -> bool {
         self.rules.may_subscribe(filter) || self.is_of_child(filter)
     }
+}
+
+/// Whether a topic is one by which devices come in.
+fn is_of_provisioning(topic: &str) -> bool {
+    topic.strip_prefix(ROOT).is_some_and(|below| below.split('/').nth(1) == Some("_provision"))
 }
 
 /// A gateway's children, and the tenant whose topics they use.

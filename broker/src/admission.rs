@@ -36,6 +36,7 @@ pub(crate) struct Admission {
     room: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
     refusals: Arc<Semaphore>,
+    claimants: Arc<Semaphore>,
     /// `None`: connects are not limited in their rate.
     rate: Option<Mutex<Bucket>>,
     returns: Mutex<Returns>,
@@ -82,6 +83,7 @@ impl Admission {
             room: Arc::new(Semaphore::new(mqtt.max_connections)),
             handshakes: Arc::new(Semaphore::new(settings.max_handshakes)),
             refusals: Arc::new(Semaphore::new(settings.max_refusals)),
+            claimants: Arc::new(Semaphore::new(settings.max_claimants)),
             rate: rate.map(Mutex::new),
             returns: Mutex::new(Returns::new(settings, now)),
             guessers: Mutex::new(Guessers::new(settings)),
@@ -138,6 +140,9 @@ impl Admission {
             }
             NoPlace::Spent(Limit::Connections) => {
                 (Reason::QuotaExceeded, "the broker holds as many connections as it may")
+            }
+            NoPlace::Spent(Limit::Claimants) => {
+                (Reason::QuotaExceeded, "as many clients as may ask by claims are connected")
             }
             NoPlace::Spent(_) => (Reason::ServerBusy, "too many handshakes are under way"),
         };
@@ -207,6 +212,12 @@ impl Admission {
         };
         self.metrics.hit(limit);
         Err((self.not_before(until, now, Reason::ServerBusy, text), verdict))
+    }
+
+    /// A place for a client that came by a claim, beside the one that every client has: many strangers may hold one claim, and
+    /// are to leave room for devices.
+    pub(crate) fn claimant(&self) -> Result<OwnedSemaphorePermit, Refusal> {
+        self.one_of(&self.claimants, Limit::Claimants).map_err(|why| self.refusal(&why, Instant::now()))
     }
 
     /// Whether the client of this session connects too often.

@@ -210,6 +210,7 @@ struct Connection<S> {
     number: u64,
     /// Its place among the connections, for others once it is gone.
     _place: OwnedSemaphorePermit,
+    _claimant: Option<OwnedSemaphorePermit>,
     presence: Arc<Presence>,
     trace: Option<Arc<Trace>>,
     mailbox: Arc<Mailbox>,
@@ -297,6 +298,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             name: admitted.session,
             number: arrival.number,
             _place: place,
+            _claimant: admitted.claimant,
             valid_until: obeying::instant(&shared, presence.principal().proof.valid_until),
             presence,
             trace,

@@ -14,7 +14,7 @@ use std::time::Duration;
 use bytestring::ByteString;
 use fleet_core::connection_event::Kind;
 use fleet_core::control::{self, Answer, Ended, Question, Request, TraceLines, Verdict};
-use fleet_core::id::{ConnectionId, SessionId, TenantKey, UserId};
+use fleet_core::id::{ConnectionId, SessionId, TenantId, TenantKey, UserId};
 use fleet_core::policy::{Principal, Proof};
 use serde_json::json;
 use sqlx::PgPool;
@@ -27,10 +27,12 @@ use uuid::Uuid;
 use crate::Shared;
 use crate::access::Rights;
 use crate::connection::{end_session, restrict};
+use crate::handshake::claim_session;
 use crate::presence::{Leave, Order, Presence};
+use crate::provisioning::response_topic;
 use crate::session::Durable;
-use crate::store::Op;
-use crate::wire::Reason;
+use crate::store::{Incoming, Op};
+use crate::wire::{Publish, QoS, Reason};
 
 /// How often the database is looked at without being woken.
 const POLL_EVERY: Duration = Duration::from_millis(250);
@@ -296,8 +298,21 @@ impl Task {
                 let trace = shared.traces.find(tenant, id, holds);
                 trace.map_or(Answer::NotHere, |trace| Answer::Trace(trace.lines(after, limit.min(control::MAX_PAGE))))
             }
+            Request::Tell { tenant, asker, message } => self.tell(&tenant, &asker, &message),
             Request::EndSession { tenant, id, by } => self.end_session(tenant, id, by),
         }
+    }
+
+    /// Tells a client that is here; one that is not asks again when it comes.
+    fn tell(&self, tenant: &TenantId, asker: &str, message: &serde_json::Value) -> Answer {
+        if self.shared.presences.of_session(&claim_session(tenant, asker)).is_none() {
+            return Answer::NotHere;
+        }
+        let topic = response_topic(tenant, asker);
+        let publish = Publish::new(topic, message.to_string().into(), QoS::AtLeastOnce, false);
+        let shared = self.shared.clone();
+        tokio::spawn(async move { shared.store.publish(Incoming::plain(publish)).await });
+        Answer::Done
     }
 
     fn disconnect(&self, presence: &Presence, reason: String, end_session: bool, by: UserId) -> Answer {

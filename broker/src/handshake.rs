@@ -9,9 +9,11 @@ use std::time::Duration;
 use bytestring::ByteString;
 use chrono::{DateTime, Utc};
 use fleet_core::connection_event::{Event as ConnectionEvent, Kind};
+use fleet_core::id::TenantId;
 use fleet_core::policy::{Principal, Who};
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{timeout, timeout_at};
 use uuid::Uuid;
 
@@ -20,6 +22,7 @@ use crate::access::{Refusal, Rights, Route};
 use crate::flapping::Verdict;
 use crate::listener::Arrival;
 use crate::metrics::Limit;
+use crate::provisioning::response_topic;
 use crate::session::SessionName;
 use crate::stream::{Io, Stream};
 use crate::wire::{ConnAck, Connect, Decoder, Encoder, Outgoing, Packet, Reason, Version, Violation};
@@ -48,6 +51,8 @@ pub(crate) struct Admitted<S> {
     /// The client's own id, or the one it was given.
     pub(crate) client_id: ByteString,
     pub(crate) session: SessionName,
+    /// Its place among those who came by a claim, if it did.
+    pub(crate) claimant: Option<OwnedSemaphorePermit>,
     /// What it is answered, once the session is its own.
     pub(crate) answer: ConnAck,
     /// In seconds; `None`: it may be silent for ever (3.1.1 only).
@@ -69,13 +74,14 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
         let client_id = client_id(&connect, &principal);
         let session = session_key(&principal, &client_id);
         meet(shared, &principal, &client_id, &session, arrival)?;
-        Ok((principal, rights, client_id, session))
+        let claimant = matches!(principal.who, Who::Claim { .. }).then(|| shared.admission.claimant()).transpose()?;
+        Ok((principal, rights, client_id, session, claimant))
     });
     match admitted {
-        Ok((principal, rights, client_id, session)) => {
+        Ok((principal, rights, client_id, session, claimant)) => {
             let keep_alive_s = keep_alive_s(&connect, shared.settings.max_keep_alive_s);
             let answer = welcome(shared, &connect, &principal, &client_id, keep_alive_s);
-            if principal.proof.renew_only {
+            if is_confined(&principal) {
                 confine(&mut connect);
             }
             Some(Admitted {
@@ -87,6 +93,7 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
                 rights,
                 client_id,
                 session,
+                claimant,
                 answer,
                 keep_alive_s,
                 epoch,
@@ -209,9 +216,9 @@ async fn admit(shared: &Shared, connect: &Connect, arrival: &mut Arrival) -> Res
     let principal = authenticated?;
     shared.access.acquaint(&principal).await?;
     let mut rights = Rights::new(&principal, &shared.directory);
-    let will = connect.will.as_ref().filter(|_| !principal.proof.renew_only);
+    let will = connect.will.as_ref().filter(|_| !is_confined(&principal));
     let refused = match will.map(|will| rights.publish(&will.topic)) {
-        Some(Ok(Route::Renewal(_))) => Some("a will cannot ask for a certificate"),
+        Some(Ok(Route::Renewal(_) | Route::Provision)) => Some("a will cannot ask for anything"),
         Some(Err(text)) => Some(text),
         Some(Ok(_)) | None => None,
     };
@@ -222,8 +229,13 @@ async fn admit(shared: &Shared, connect: &Connect, arrival: &mut Arrival) -> Res
     Ok((principal, rights))
 }
 
-/// A device whose certificate has expired comes to renew it, as it comes every day: with the will and to the session it is used to. Neither
-/// is within its rights now. Its will is left out, and its session stays as it is beside one that ends with the connection.
+/// Whether a client came for one thing only: a device whose certificate has expired, to renew it, or one that asks to come in.
+fn is_confined(principal: &Principal) -> bool {
+    principal.proof.renew_only || matches!(principal.who, Who::Claim { .. })
+}
+
+/// Such a client comes as it comes every day: with the will and to the session it is used to. Neither is within its rights now. Its
+/// will is left out, and its session stays as it is beside one that ends with the connection.
 fn confine(connect: &mut Connect) {
     connect.will = None;
     connect.clean_start = true;
@@ -256,6 +268,7 @@ fn meet(
 /// The client's own id, or the one it is given (MQTT 5 §3.1.3.1): a device its name, anybody else a new one.
 fn client_id(connect: &Connect, principal: &Principal) -> ByteString {
     match &principal.who {
+        Who::Claim { asker, .. } => ByteString::from(asker.as_str()),
         _ if !connect.client_id.is_empty() => connect.client_id.clone(),
         Who::Device { id, .. } => ByteString::from(id.as_str()),
         Who::User { .. } => ByteString::from(Uuid::new_v4().simple().to_string()),
@@ -268,11 +281,19 @@ fn session_key(principal: &Principal, client_id: &str) -> SessionName {
         Who::Device { id, .. } if principal.proof.renew_only => {
             format!("renew:{}/{id}/{client_id}", principal.tenant_id)
         }
+        // One for each name and tenant, whatever claim it comes by: it is the name that answers go to.
+        Who::Claim { asker, .. } => return claim_session(&principal.tenant_id, asker.as_str()),
         Who::Device { id, .. } => format!("{}/{id}/{client_id}", principal.tenant_id),
         Who::User { key: Some(key), .. } => format!("{}//{key}/{client_id}", principal.tenant_id),
         Who::User { id, .. } => format!("{}//{id}/{client_id}", principal.tenant_id),
     }
     .into()
+}
+
+/// The session of whoever asks by a claim under this name.
+pub(crate) fn claim_session(tenant: &TenantId, asker: &str) -> SessionName {
+    // No name of a tenant has a colon.
+    format!("claim:{tenant}/{asker}").into()
 }
 
 /// An MQTT 5 client can be told a shorter keep alive than it asked for; a 3.1.1 client keeps its own.
@@ -294,7 +315,7 @@ fn welcome(
 ) -> ConnAck {
     let late_until = principal.proof.valid_until.filter(|_| principal.proof.renew_only);
     ConnAck {
-        session_expiry_s: late_until.is_some().then_some(0),
+        session_expiry_s: is_confined(principal).then_some(0),
         user_properties: late_until.map(renew_only).into_iter().collect(),
         assigned_client_id: connect.client_id.is_empty().then(|| client_id.clone()),
         server_keep_alive_s: keep_alive_s.filter(|seconds| *seconds != connect.keep_alive_s),
@@ -317,5 +338,6 @@ fn response_information(principal: &Principal) -> ByteString {
     match &principal.who {
         Who::Device { id, .. } => format!("fleet/v1/{tenant}/{id}/").into(),
         Who::User { .. } => format!("app/{tenant}/").into(),
+        Who::Claim { asker, .. } => response_topic(tenant, asker.as_str()),
     }
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use chrono::{DateTime, TimeDelta, Utc};
 use fleet_core::authority;
 use fleet_core::certificate::Certificate;
+use fleet_core::claim;
 use fleet_core::clock::Clock;
 use fleet_core::config;
 use fleet_core::credential;
@@ -152,5 +153,6 @@ fn name(holder: &Principal) -> String {
     match &holder.who {
         Who::Device { id, .. } => format!("{}/{id}", holder.tenant_id),
         Who::User { id, .. } => id.to_string(),
+        Who::Claim { id, .. } => claim::username(&holder.tenant_id, *id),
     }
 }

@@ -12,7 +12,7 @@
 //! | the subscription tree, and retained messages | `router.rs`, `retained.rs` |
 //! | who may connect, and on which topics | `access.rs`, many at once by `batch.rs` |
 //! | queue → writer → database → acknowledgement | `ingest.rs` |
-//! | requests that are answered on a topic | `desk.rs`: `renewal.rs` (certificates) |
+//! | requests that are answered on a topic | `desk.rs`: `renewal.rs` (certificates), `provisioning.rs` (to come in) |
 //! | who is connected, and what they are told from outside | `presence.rs` |
 //! | changed rights, questions of operators | `control.rs` |
 //! | what one client sends and is sent, as text | `trace.rs` |
@@ -41,6 +41,7 @@ mod listener;
 mod mailbox;
 mod metrics;
 mod presence;
+mod provisioning;
 mod proxy;
 mod queue;
 mod rate;
@@ -90,6 +91,7 @@ use identity::Certificates;
 use ingest::Ingest;
 use listener::Entrance;
 use presence::Presences;
+use provisioning::Provisioning;
 use renewal::Renewals;
 use retained::Retained;
 use router::Router;
@@ -124,6 +126,8 @@ pub struct Parts {
     pub keys: Arc<Keys>,
     /// Signs certificates that devices ask for.
     pub pki: Pki,
+    /// How devices come in.
+    pub provisioning: config::Provisioning,
     /// The time.
     pub clock: Clock,
     /// Where the metrics are registered.
@@ -166,6 +170,7 @@ struct Shared {
     store: Store,
     ingest: Ingest,
     renewals: Desk<renewal::By>,
+    provisioning: Desk<provisioning::By>,
     metrics: Metrics,
     events: Events,
     presences: Presences,
@@ -187,7 +192,7 @@ pub struct Broker {
     /// What the broker tells of itself, unless that is off.
     telling: Option<JoinHandle<()>>,
     writers: ingest::Writers,
-    desks: [Serving; 1],
+    desks: [Serving; 2],
     storing: store::Storing,
     events: events::Writing,
 }
@@ -234,6 +239,10 @@ impl Broker {
         let renewals = Renewals { pki: parts.pki.clone(), db, clock, metrics: metrics.clone() };
         let room = renewals.room();
         let (renewals, renewing) = desk::open(renewals, &room, store.clone(), metrics.clone());
+        let (db, clock) = (parts.db.clone(), parts.clock.clone());
+        let provisioning = Provisioning { settings: parts.provisioning, db, clock, metrics: metrics.clone() };
+        let room = provisioning.room();
+        let (provisioning, letting_in) = desk::open(provisioning, &room, store.clone(), metrics.clone());
         let certificates = Certificates::new(parts.db.clone(), parts.clock.clone(), tls.clone(), parts.pki.settings());
         let shared = Arc::new(Shared {
             access: Access::new(
@@ -253,6 +262,7 @@ impl Broker {
             router,
             ingest,
             renewals,
+            provisioning,
             traces: Traces::new(parts.mqtt.max_traces, parts.clock.clone(), metrics.clone()),
             settings: parts.mqtt,
             clock: parts.clock,
@@ -286,7 +296,7 @@ impl Broker {
             controlling,
             telling,
             writers,
-            desks: [renewing],
+            desks: [renewing, letting_in],
             storing,
             events: writing,
         })

@@ -3,6 +3,7 @@
 use std::ops::Deref;
 use std::sync::Arc;
 
+use fleet_core::claim::{self, request::Answer};
 use fleet_core::issuing::Code;
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
@@ -77,6 +78,8 @@ pub struct Meters {
     pub dead_letters: IntCounter,
     /// Certificates that devices asked for, by what became of that.
     pub renewals: IntCounterVec,
+    /// Requests of devices to come in by a claim, by what became of that.
+    pub provision: IntCounterVec,
     /// Messages a batch.
     pub batch_size: Histogram,
     /// From the first message of a batch to its COMMIT, in seconds.
@@ -168,10 +171,14 @@ pub(crate) enum Limit {
     Events,
     /// `certificates.renewal_queue`: the socket was not read for a while
     RenewalQueue,
+    /// `admission.max_claimants`: told to come again
+    Claimants,
+    /// `provisioning.request_queue`: the socket was not read for a while
+    ProvisioningQueue,
 }
 
 impl Limit {
-    const ALL: [Self; 30] = [
+    const ALL: [Self; 32] = [
         Self::Connections,
         Self::PacketBytes,
         Self::ReceiveMaximum,
@@ -202,6 +209,8 @@ impl Limit {
         Self::Events,
         Self::Traces,
         Self::RenewalQueue,
+        Self::ProvisioningQueue,
+        Self::Claimants,
     ];
 
     pub(crate) fn label(self) -> &'static str {
@@ -236,6 +245,8 @@ impl Limit {
             Self::Events => "events",
             Self::Traces => "traces",
             Self::RenewalQueue => "renewal_queue",
+            Self::ProvisioningQueue => "provisioning_queue",
+            Self::Claimants => "claimants",
         }
     }
 }
@@ -283,10 +294,7 @@ impl Meters {
             disconnects: counters("muster_mqtt_disconnects_total", "Connections ended, by reason", "reason")?,
             publishes: IntCounter::new("muster_mqtt_publishes_received_total", "PUBLISH packets received")?,
             deliveries: IntCounter::new("muster_mqtt_publishes_sent_total", "PUBLISH packets sent")?,
-            acknowledged: IntCounter::new(
-                "muster_mqtt_acknowledged_total",
-                "Messages acknowledged after their COMMIT",
-            )?,
+            acknowledged: IntCounter::new("muster_mqtt_acknowledged_total", "Messages acknowledged after COMMIT")?,
             denied: counters("muster_mqtt_denied_total", "Refused by the topic rules, by action", "action")?,
             subscriptions: IntGauge::new("muster_mqtt_subscriptions", "Subscriptions held")?,
             retained: IntGauge::new("muster_mqtt_retained_messages", "Retained messages held")?,
@@ -305,6 +313,7 @@ impl Meters {
             stored: IntCounter::new("muster_ingest_readings_stored_total", "Readings stored for the first time")?,
             duplicates: IntCounter::new("muster_ingest_readings_duplicate_total", "Readings that were stored already")?,
             dead_letters: IntCounter::new("muster_ingest_dead_letters_total", "Payloads that could not be read")?,
+            provision: counters("muster_mqtt_provision_total", "Claim requests, by outcome", "outcome")?,
             renewals: counters(
                 "muster_certificate_renewals_total",
                 "Certificates that devices asked for, by outcome",
@@ -382,6 +391,7 @@ impl Meters {
         registry.register(Box::new(self.duplicates.clone()))?;
         registry.register(Box::new(self.dead_letters.clone()))?;
         registry.register(Box::new(self.renewals.clone()))?;
+        registry.register(Box::new(self.provision.clone()))?;
         registry.register(Box::new(self.batch_size.clone()))?;
         registry.register(Box::new(self.commit_seconds.clone()))?;
         registry.register(Box::new(self.retries.clone()))?;
@@ -413,6 +423,9 @@ impl Meters {
         }
         for outcome in ["issued", "repeated"].into_iter().chain(Code::ALL.map(Code::name)) {
             self.renewals.with_label_values(&[outcome]);
+        }
+        for outcome in Answer::OUTCOMES.into_iter().chain(claim::request::Code::ALL.map(claim::request::Code::name)) {
+            self.provision.with_label_values(&[outcome]);
         }
         for action in ["connect", "publish", "subscribe", "receive"] {
             self.denied.with_label_values(&[action]);

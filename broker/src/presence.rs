@@ -182,6 +182,7 @@ impl Presence {
         match &self.principal.lock().who {
             Who::Device { id, .. } => Owner::Device(id.clone()),
             Who::User { id, .. } => Owner::User(*id),
+            Who::Claim { id, .. } => Owner::Claim(*id),
         }
     }
 

@@ -46,7 +46,7 @@ impl Will {
                 Ok(Route::Status(sender)) => (sender, What::Status),
                 Ok(Route::Live) => return shared.store.publish(Incoming::plain(publish)).await,
                 // A request for a certificate is no last word; it was refused with the CONNECT.
-                Ok(Route::Renewal(_)) | Err(_) => return,
+                Ok(Route::Renewal(_) | Route::Provision) | Err(_) => return,
             };
         let item = Item::new(sender, shared.clock.now_ms(), what(Incoming::plain(publish)));
         shared.ingest.wait(item).await;

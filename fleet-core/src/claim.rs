@@ -8,6 +8,7 @@ pub mod request;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::str::FromStr;
 
@@ -23,7 +24,8 @@ use crate::control;
 use crate::credential::random_secret;
 use crate::device::{DeviceType, GroupPath, Labels};
 use crate::error::{Error, Result};
-use crate::id::{ClaimId, TenantId, TenantKey, UserId, is_name};
+use crate::id::{ClaimId, DeviceId, TenantId, TenantKey, UserId, is_name};
+use crate::policy::{Principal, Proof, Who};
 use crate::role;
 
 /// What every claim's secret begins with.
@@ -202,6 +204,15 @@ pub struct Claimant {
     pub claim: ClaimId,
     /// It ends then.
     pub expires_at: DateTime<Utc>,
+}
+
+impl Claimant {
+    /// One client of them, that calls itself `asker`.
+    pub fn principal(self, asker: DeviceId) -> Principal {
+        let Self { tenant, tenant_id, claim, expires_at } = self;
+        let proof = Proof { valid_until: Some(expires_at), ..Proof::default() };
+        Principal { tenant, tenant_id, who: Who::Claim { id: claim, asker }, proof }
+    }
 }
 
 /// The MQTT user name of a claim: `{tenant}/_claim/{claim}`.
@@ -396,6 +407,16 @@ pub async fn verify(
     };
     let claimant = of_secret(db, secret, now).await?;
     Ok(claimant.filter(|claimant| claimant.claim == claim && claimant.tenant_id == tenant))
+}
+
+/// Which of these claims are there and not revoked; their time is known to whoever came by them.
+pub(crate) async fn unrevoked(db: &mut PgConnection, claims: &[ClaimId]) -> Result<HashSet<ClaimId>> {
+    let claims = claims.iter().map(|claim| claim.uuid()).collect::<Vec<_>>();
+    let open = sqlx::query_scalar!(
+        r#"select id as "id: ClaimId" from claim where id = any($1) and revoked_at is null"#,
+        &claims
+    );
+    Ok(open.fetch_all(db).await?.into_iter().collect())
 }
 
 /// Who stands behind the secret of a claim.

@@ -106,6 +106,7 @@ pub struct Admission {
     pub connects_burst: u32,
     pub max_handshakes: usize,
     pub max_refusals: usize,
+    pub max_claimants: usize,
     pub retry_after_min_ms: u64,
     pub retry_after_max_ms: u64,
     pub max_authentications: usize,
@@ -242,6 +243,7 @@ pub struct Provisioning {
     pub max_claim_requests: usize,
     pub max_pending: usize,
     pub claim_requests_per_minute: u32,
+    pub request_queue: usize,
 }
 
 /// `[certificates]`
@@ -564,6 +566,7 @@ impl Config {
             ((60..=2_592_000).contains(&self.auth.password_reset_s), "auth.password_reset_s: expected 60 to 2592000"),
             (self.auth.refresh_grace_s <= 60, "auth.refresh_grace_s: expected 0 to 60"),
             (self.auth.login_concurrency > 0, "auth.login_concurrency: expected at least 1"),
+            (self.provisioning.request_queue > 0, "provisioning.request_queue: expected at least 1"),
             (
                 (1..=100_000).contains(&self.provisioning.max_import_rows),
                 "provisioning.max_import_rows: expected 1 to 100000",

@@ -106,7 +106,7 @@ impl Event {
     pub fn new(principal: &Principal, client_id: &str, kind: Kind, detail: Value, at_ms: i64) -> Self {
         let device = match &principal.who {
             Who::Device { key, .. } => Some(*key),
-            Who::User { .. } => None,
+            Who::User { .. } | Who::Claim { .. } => None,
         };
         Self { tenant: principal.tenant, device, client_id: client_id.to_owned(), kind, detail, at_ms }
     }

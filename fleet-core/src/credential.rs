@@ -673,7 +673,7 @@ mod tests {
             let found = verify_many(conn, &offers, from_ms(NOON)).await.unwrap();
             let id = |principal: Principal| match principal.who {
                 Who::Device { id, .. } => id.to_string(),
-                Who::User { .. } => panic!("a user"),
+                Who::User { .. } | Who::Claim { .. } => panic!("no device"),
             };
             found.into_iter().map(|found| found.map(id)).collect()
         };

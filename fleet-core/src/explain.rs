@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::filter_set::{DEVICE, FilterSet, Names, TENANT};
 use crate::gateway;
 use crate::id::{ApiKeyId, DeviceId, TenantKey, UserId};
-use crate::policy::{About, Grant, Grants, Permission, Principal, Proof, Role, Source, Who};
+use crate::policy::{About, CLAIM_RULES, Grant, Grants, Permission, Principal, Proof, Role, Source, Who};
 use crate::role::Roles;
 use crate::scope::{Attributes, Extent};
 use crate::standing::{self, Asked, Standing};
@@ -161,6 +161,7 @@ pub fn topic(principal: &Principal, asked: Use, name: &str, device: Option<&Attr
     let (own, device_id) = match &principal.who {
         Who::Device { id, .. } => (None, Some(id.clone())),
         Who::User { grants, .. } => (Some(grants), None),
+        Who::Claim { asker, .. } => (None, Some(asker.clone())),
     };
     let question =
         Question { asked, name, names: Names { tenant: principal.tenant_id.clone(), device: device_id }, device };
@@ -169,7 +170,9 @@ pub fn topic(principal: &Principal, asked: Use, name: &str, device: Option<&Attr
         return Decision { allowed: true, by: Some(by), why: format!("it is the gateway of {child}") };
     }
     let Some(grants) = own else {
-        return question.judge(Role::Device.written_rules().into_iter().map(|rule| (None, rule, Extent::Everything)));
+        let is_claim = matches!(principal.who, Who::Claim { .. });
+        let rules = if is_claim { CLAIM_RULES.clone() } else { Role::Device.written_rules() };
+        return question.judge(rules.into_iter().map(|rule| (None, rule, Extent::Everything)));
     };
     let decision = question.judge_grants(grants);
     match grants.ceiling() {

@@ -13,8 +13,8 @@ use crate::certificate::Serial;
 use crate::directory::Directory;
 use crate::gateway::Children;
 use crate::id::{
-    ApiKeyId, AuthorityId, BindingId, CredentialId, DeviceId, DeviceKey, LoginSessionId, RoleId, TenantId, TenantKey,
-    UserId,
+    ApiKeyId, AuthorityId, BindingId, ClaimId, CredentialId, DeviceId, DeviceKey, LoginSessionId, RoleId, TenantId,
+    TenantKey, UserId,
 };
 use crate::scope::Extent;
 use crate::topic_rule::{Action, Effect, Reach, RuleSet, Ruled, TopicPolicy, TopicRule};
@@ -351,6 +351,18 @@ static LATE_POLICY: LazyLock<Arc<TopicPolicy>> = LazyLock::new(|| {
     Arc::new(TopicPolicy { grants: vec![Ruled { rules, extent: Extent::Everything }], ceiling: None })
 });
 
+/// Of who asks by a claim: `{device}` is what the client calls itself.
+pub(crate) static CLAIM_RULES: LazyLock<Vec<TopicRule>> = LazyLock::new(|| {
+    allowed(&[
+        (Action::Publish, "fleet/v1/{tenant}/_provision/request"),
+        (Action::Subscribe, "fleet/v1/{tenant}/_provision/response/{device}"),
+    ])
+});
+static CLAIM_POLICY: LazyLock<Arc<TopicPolicy>> = LazyLock::new(|| {
+    let rules = Arc::new(RuleSet::compile(&CLAIM_RULES, Reach::Platform).expect("rules written here and tested below"));
+    Arc::new(TopicPolicy { grants: vec![Ruled { rules, extent: Extent::Everything }], ceiling: None })
+});
+
 fn allowed(rules: &[(Action, &str)]) -> Vec<TopicRule> {
     let rule = |(action, filter): &(Action, &str)| TopicRule {
         effect: Effect::Allow,
@@ -528,6 +540,13 @@ pub enum Who {
         /// Whether the user stands above tenants; an API key never does.
         platform: bool,
     },
+    /// Somebody who shows the secret of a claim, to ask by it.
+    Claim {
+        /// The claim.
+        id: ClaimId,
+        /// What the client calls itself: answers are for it alone.
+        asker: DeviceId,
+    },
 }
 
 /// In whose name, and within which bounds, access is managed.
@@ -564,7 +583,7 @@ impl Principal {
     /// What it was given; a device has nothing but its topics.
     pub fn grants(&self) -> &Grants {
         match &self.who {
-            Who::Device { .. } => &NO_GRANTS,
+            Who::Device { .. } | Who::Claim { .. } => &NO_GRANTS,
             Who::User { grants, .. } => grants,
         }
     }
@@ -575,6 +594,7 @@ impl Principal {
         match &self.who {
             Who::Device { .. } => Some(&Role::Device),
             Who::User { grants, .. } => grants.0.list.first().map(|grant| &grant.role),
+            Who::Claim { .. } => None,
         }
     }
 
@@ -609,6 +629,7 @@ impl Principal {
             Who::Device { id, .. } if self.proof.renew_only => (LATE_POLICY.clone(), Some(id.clone())),
             Who::Device { id, .. } => (DEVICE_POLICY.clone(), Some(id.clone())),
             Who::User { grants, .. } => (grants.topic_policy(), None),
+            Who::Claim { asker, .. } => (CLAIM_POLICY.clone(), Some(asker.clone())),
         };
         TopicRules::new(policy, self.tenant_id.clone(), device, devices.clone())
     }
@@ -669,6 +690,29 @@ mod tests {
             assert!(!rules.may_publish(&own(other)) && !rules.may_subscribe(&own(other)), "{other}");
         }
         assert!(!rules.may_publish("fleet/v1/main/boiler-2/certificates/renew"));
+    }
+
+    #[test]
+    fn who_asks_by_a_claim_may_ask_and_hear_its_own_answer() {
+        let who = Who::Claim { id: ClaimId::new(), asker: "client-1".parse().unwrap() };
+        let rules = Principal { who, ..device("d") }.topic_rules(&Arc::default());
+        assert!(rules.may_publish("fleet/v1/main/_provision/request"));
+        assert!(rules.may_subscribe("fleet/v1/main/_provision/response/client-1"));
+        for foreign in [
+            "fleet/v1/main/_provision/response/client-2",
+            "fleet/v1/main/_provision/response/+",
+            "fleet/v1/main/_provision/#",
+            "fleet/v1/main/client-1/telemetry",
+            "fleet/v1/other/_provision/response/client-1",
+            "fleet/v1/other/_provision/request",
+            "app/main/x",
+            "#",
+        ] {
+            assert!(!rules.may_subscribe(foreign), "{foreign}");
+            assert!(!rules.may_publish(foreign), "{foreign}");
+        }
+        assert!(!rules.may_subscribe("fleet/v1/main/_provision/request"));
+        assert!(!rules.may_publish("fleet/v1/main/_provision/response/client-1"));
     }
 
     #[test]

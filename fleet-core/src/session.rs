@@ -195,6 +195,8 @@ fn owner_columns(owner: &Principal) -> (Option<i64>, Option<Uuid>, Option<Uuid>)
     match &owner.who {
         Who::Device { key, .. } => (Some(key.0), None, None),
         Who::User { id, key, .. } => (None, Some(id.uuid()), key.map(ApiKeyId::uuid)),
+        // It never has a session that is kept.
+        Who::Claim { .. } => (None, None, None),
     }
 }
 

@@ -240,7 +240,7 @@ async fn view(
     // To look is not to stand above tenants.
     let who = match found.who {
         Who::User { id, key, grants, .. } => Who::User { id, key, grants, platform: false },
-        device @ Who::Device { .. } => device,
+        other @ (Who::Device { .. } | Who::Claim { .. }) => other,
     };
     Ok(Principal { who, proof, ..found })
 }

@@ -9,6 +9,7 @@ use chrono::{DateTime, Utc};
 use fleet_core::audit::Entry;
 use fleet_core::claim::request::{self, Approve, Filter, Kept, State as RequestState};
 use fleet_core::claim::{self, Approval, Claim, IdPattern, NewClaim, Template};
+use fleet_core::control::Request;
 use fleet_core::device::{DeviceType, GroupPath, Labels};
 use fleet_core::id::{ClaimId, ClaimRequestId, DeviceId, UserId};
 use serde::{Deserialize, Serialize};
@@ -420,7 +421,7 @@ pub(crate) async fn approve(
     let old = request::find(&mut tx, caller.tenant, id).await?;
     let with = Approve { kind, group, labels };
     let (new, _) = request::approve(&mut tx, caller.tenant, id, &with, caller.id, app.clock.now()).await?;
-    decided("claim-request.approve", tx, old, new).await
+    decided("claim-request.approve", &app, &caller, tx, old, new).await
 }
 
 /// Why a request is rejected.
@@ -452,12 +453,25 @@ pub(crate) async fn reject(
     let mut tx = caller.change(&app).await?;
     let old = request::find(&mut tx, caller.tenant, id).await?;
     let new = request::reject(&mut tx, caller.tenant, id, reason.as_deref(), caller.id, app.clock.now()).await?;
-    decided("claim-request.reject", tx, old, new).await
+    decided("claim-request.reject", &app, &caller, tx, old, new).await
 }
 
-async fn decided(action: &'static str, tx: Change, old: Kept, new: Kept) -> Result<Json<ClaimRequestBody>, Problem> {
+/// Commits a decision, and tells the device of it if it is connected; else it asks again when it comes.
+async fn decided(
+    action: &'static str,
+    app: &App,
+    caller: &Can<ProvisioningManage>,
+    mut tx: Change,
+    old: Kept,
+    new: Kept,
+) -> Result<Json<ClaimRequestBody>, Problem> {
+    let (asker, message) = request::told(&mut tx, caller.tenant, new.id).await?;
     let device = new.device.clone();
     let [old, new] = [old, new].map(ClaimRequestBody::new);
     tx.commit(Entry::of(action, new.id).on(&device).before(&old).after(&new)).await?;
+    let tell = Request::Tell { tenant: caller.principal().tenant_id.clone(), asker, message };
+    if let Err(error) = app.ask_brokers(&tell).await {
+        tracing::debug!(%error, "a device hears of its request when it asks again");
+    }
     Ok(Json(new))
 }

@@ -67,6 +67,7 @@ fn no_such_connection(id: ConnectionId) -> Problem {
 enum PrincipalKind {
     Device,
     User,
+    Claim,
 }
 
 /// An open connection, as it is at the moment.
@@ -131,6 +132,7 @@ impl ConnectionBody {
         let (principal, device, user) = match owner {
             Owner::Device(id) => (PrincipalKind::Device, Some(id), None),
             Owner::User(id) => (PrincipalKind::User, None, emails.get(&id).cloned()),
+            Owner::Claim(_) => (PrincipalKind::Claim, None, None),
         };
         Self {
             id,
@@ -165,7 +167,7 @@ impl ConnectionBody {
     async fn all(db: &mut PgConnection, connections: Vec<Connection>) -> Result<Vec<Self>, Problem> {
         let users = connections.iter().filter_map(|connection| match connection.owner {
             Owner::User(id) => Some(id),
-            Owner::Device(_) => None,
+            Owner::Device(_) | Owner::Claim(_) => None,
         });
         let emails = user::emails(db, &users.collect::<Vec<_>>()).await?.into_iter().collect();
         Ok(connections.into_iter().map(|connection| Self::new(connection, &emails)).collect())
@@ -313,12 +315,12 @@ async fn in_scope<R: Right>(
     }
     let devices = connections.iter().filter_map(|connection| match &connection.owner {
         Owner::Device(id) => Some(id.to_string()),
-        Owner::User(_) => None,
+        Owner::User(_) | Owner::Claim(_) => None,
     });
     let seen = device::visible(db, caller.tenant, &devices.collect::<Vec<_>>()).await?;
     connections.retain(|connection| match &connection.owner {
         Owner::Device(id) => seen.contains(id.as_str()),
-        Owner::User(_) => false,
+        Owner::User(_) | Owner::Claim(_) => false,
     });
     Ok(connections)
 }

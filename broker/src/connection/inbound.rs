@@ -16,9 +16,9 @@ use crate::inflight::{Awaits, Sent};
 use crate::ingest::{Item, Sender, What};
 use crate::mailbox::{Receipt, Settled};
 use crate::metrics::Limit;
-use crate::renewal;
 use crate::store::{Incoming, Op, Taken};
 use crate::wire::{Ack, Disconnect, Outgoing, Packet, PacketId, Publish, QoS, Reason, Version};
+use crate::{provisioning, renewal};
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     pub(super) fn read_packets(&mut self) -> Result<(), End> {
@@ -88,6 +88,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Ok(Route::Telemetry(sender)) => self.store(sender, publish, What::Telemetry),
             Ok(Route::Status(sender)) => self.store(sender, publish, What::Status),
             Ok(Route::Renewal(sender)) => self.renew(sender, &publish),
+            Ok(Route::Provision) => self.provision(&publish),
             Ok(Route::Live) => self.pass_on(publish),
             Err(text) => return self.deny(publish, text),
         }
@@ -175,6 +176,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let (by, incoming) = (renewal::By { sender, proof, address }, self.incoming(publish.detached()));
         let shared = self.shared.clone();
         self.stalled = Some(Box::pin(async move { shared.renewals.ask(by, incoming).await }));
+    }
+
+    /// Hands a request to come in to whoever answers it; nothing is read until it is answered.
+    fn provision(&mut self, publish: &Publish) {
+        let Some(by) = provisioning::By::of(&self.presence.principal(), self.presence.address()) else { return };
+        let incoming = self.incoming(publish.detached());
+        let shared = self.shared.clone();
+        self.stalled = Some(Box::pin(async move { shared.provisioning.ask(by, incoming).await }));
     }
 
     fn incoming(&mut self, publish: Publish) -> Incoming {

@@ -323,7 +323,7 @@ async fn vouched(db: &TestDb, shown: &rcgen::Certificate, issuer: &Foreign) -> V
     let candidates = vouching(&mut db.pool().acquire().await.unwrap(), &shown, &[issuer.name], now()).await.unwrap();
     let name = |Candidate { principal, .. }: Candidate| match principal.who {
         Who::Device { id, .. } => format!("{}/{id}", principal.tenant_id),
-        Who::User { .. } => panic!("a user"),
+        Who::User { .. } | Who::Claim { .. } => panic!("a user"),
     };
     candidates.into_iter().map(name).collect()
 }

@@ -273,6 +273,24 @@ impl Answer {
     /// What [`Self::outcome`] tells of those that are no rejections.
     pub const OUTCOMES: [&str; 3] = ["accepted", "pending", "repeated"];
 
+    /// It as a message, to the request that it answers.
+    pub fn message(&self, id: Option<&DeviceId>, nonce: Option<&str>) -> serde_json::Value {
+        let mut message = json!({ "id": id, "nonce": nonce });
+        let fields = match self {
+            Self::Accepted { username, sealed, .. } => {
+                json!({ "status": "accepted", "username": username, "sealed": sealed })
+            }
+            Self::Pending { .. } => json!({ "status": "pending" }),
+            Self::Rejected(Rejection { code, message }) => {
+                json!({ "status": "rejected", "code": code.name(), "message": message })
+            }
+        };
+        if let (Some(message), serde_json::Value::Object(fields)) = (message.as_object_mut(), fields) {
+            message.extend(fields);
+        }
+        message
+    }
+
     /// What happened, for counters.
     pub fn outcome(&self) -> &'static str {
         match self {
@@ -751,6 +769,34 @@ async fn read(db: &mut PgConnection, tenant: TenantKey, ids: &[Uuid]) -> Result<
         decided_by: row.decided_by,
     });
     Ok(requests.collect())
+}
+
+/// What the device of a request is to be told, and what its client calls itself.
+pub async fn told(db: &mut PgConnection, tenant: TenantKey, id: ClaimRequestId) -> Result<(String, serde_json::Value)> {
+    let row = sqlx::query!(
+        r#"
+        select t.id as "tenant!", r.device_id as "device: DeviceId", r.nonce, r.asker, r.state, r.reason,
+               r.sealed as "sealed: Json<Sealed>"
+          from claim_request r
+          join tenant t on t.key = r.tenant_key
+         where r.tenant_key = $1 and r.id = $2
+        "#,
+        tenant.0,
+        id.uuid()
+    )
+    .fetch_optional(db)
+    .await?
+    .ok_or(Error::NoSuchClaimRequest(id))?;
+    let answer = match State::named(&row.state) {
+        State::Pending => Answer::Pending { is_new: false },
+        State::Approved => Answer::Accepted {
+            username: format!("{}/{}", row.tenant, row.device),
+            sealed: row.sealed.map(|sealed| sealed.0),
+            is_new: true,
+        },
+        State::Rejected => Answer::Rejected(Rejection::new(Code::Rejected, row.reason.unwrap_or_default())),
+    };
+    Ok((row.asker, answer.message(Some(&row.device), Some(&row.nonce))))
 }
 
 /// What an approval says about the device beyond the claim; it wins over claim and device.

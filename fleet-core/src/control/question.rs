@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::{CHANNEL, LEASE_S};
-use crate::id::{ConnectionId, DeviceId, SessionId, TenantKey, UserId};
+use crate::id::{ClaimId, ConnectionId, DeviceId, SessionId, TenantId, TenantKey, UserId};
 use crate::{Error, Result};
 
 /// Longest question, in bytes of JSON.
@@ -95,6 +95,15 @@ pub enum Request {
         /// At most so many, itself at most [`MAX_PAGE`].
         limit: usize,
     },
+    /// Tell a client that asks by a claim what has become of its request.
+    Tell {
+        /// Whose.
+        tenant: TenantId,
+        /// What the client calls itself.
+        asker: String,
+        /// What it is told.
+        message: Value,
+    },
     /// End a durable session, connected or not.
     EndSession {
         /// Whose.
@@ -147,6 +156,8 @@ pub enum Owner {
     Device(DeviceId),
     /// A user, or a program of one.
     User(UserId),
+    /// Whoever asks by a claim.
+    Claim(ClaimId),
 }
 
 /// An open connection, as its broker sees it at the moment.

@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use crate::claim;
 use crate::gateway::{self, Children};
 use crate::id::{CredentialId, DeviceKey};
 use crate::policy::{Principal, Who};
@@ -30,6 +31,8 @@ pub enum Ended {
     KeyDeleted,
     /// Its login has ended.
     SessionEnded,
+    /// Its claim was revoked.
+    ClaimRevoked,
 }
 
 impl Ended {
@@ -43,6 +46,7 @@ impl Ended {
             Self::UserDisabled => "the user was disabled",
             Self::KeyDeleted => "the API key was deleted",
             Self::SessionEnded => "the login has ended",
+            Self::ClaimRevoked => "the claim was revoked",
         }
     }
 
@@ -64,7 +68,7 @@ pub enum Verdict {
 }
 
 /// Looks at principals again: for each, by its place, whose standing is not what it was. Two statements for all devices,
-/// one for all users and API keys.
+/// one for all users and API keys, one for all claims.
 pub async fn recheck(
     db: &mut PgConnection,
     roles: &Roles,
@@ -73,6 +77,7 @@ pub async fn recheck(
 ) -> Result<Vec<(usize, Verdict)>> {
     let mut verdicts = devices(db, principals, now).await?;
     verdicts.extend(users(db, roles, principals, now).await?);
+    verdicts.extend(claims(db, principals).await?);
     Ok(verdicts)
 }
 
@@ -180,6 +185,22 @@ async fn users(
     let standings = standing::of_many(db, roles, &asked, now).await?;
     let judged = places.into_iter().zip(standings);
     Ok(judged.filter_map(|(place, now)| Some((place, judge(principals[place], now)?))).collect())
+}
+
+async fn claims(db: &mut PgConnection, principals: &[&Principal]) -> Result<Vec<(usize, Verdict)>> {
+    let (mut places, mut asked) = (Vec::new(), Vec::new());
+    for (place, principal) in principals.iter().enumerate() {
+        if let Who::Claim { id, .. } = &principal.who {
+            places.push(place);
+            asked.push(*id);
+        }
+    }
+    if asked.is_empty() {
+        return Ok(Vec::new());
+    }
+    let open = claim::unrevoked(db, &asked).await?;
+    let gone = places.into_iter().zip(asked).filter(|(_, claim)| !open.contains(claim));
+    Ok(gone.map(|(place, _)| (place, Verdict::Ended(Ended::ClaimRevoked))).collect())
 }
 
 fn judge(principal: &Principal, now: Standing) -> Option<Verdict> {

@@ -34,6 +34,9 @@ pub(crate) struct Question {
     /// On what: the id of a device, or a topic or filter. Left out, with a permission: on any device at all.
     #[schema(example = "boiler-1")]
     resource: Option<String>,
+    /// On which topic or filter, instead of `resource`.
+    #[schema(example = "fleet/v1/main/boiler-1/telemetry")]
+    topic: Option<String>,
 }
 
 /// The decision.
@@ -99,8 +102,11 @@ impl DecidedBy {
 pub(crate) async fn check(
     State(app): State<App>,
     caller: Can<AccessManage>,
-    Json(Question { principal, action, resource }): Json<Question>,
+    Json(Question { principal, action, resource, topic }): Json<Question>,
 ) -> Result<Json<Answer>, Problem> {
+    if resource.is_some() && topic.is_some() {
+        return Err(Problem::field("topic", "expected one of resource and topic"));
+    }
     let mut db = caller.read(&app).await?;
     let (principal, barred) = match principal {
         None => (caller.principal().clone(), None),
@@ -123,7 +129,7 @@ pub(crate) async fn check(
         _ => None,
     };
     let decision = if let Some(used) = used {
-        let topic = resource.ok_or_else(|| Problem::field("resource", "expected a topic"))?;
+        let topic = topic.or(resource).ok_or_else(|| Problem::field("topic", "expected a topic or a filter"))?;
         let device = match explain::device_of(&principal, &topic) {
             Some(id) => explain::attributes(&mut db, caller.tenant, &id).await?,
             None => None,
@@ -134,6 +140,9 @@ pub(crate) async fn check(
             let known = Permission::ALL.iter().map(|permission| permission.name()).collect::<Vec<_>>().join(", ");
             Problem::field("action", format!("expected publish, subscribe, receive or one of {known}"))
         })?;
+        if topic.is_some() {
+            return Err(Problem::field("action", "expected publish, subscribe or receive beside a topic"));
+        }
         let device = match resource {
             Some(id) => {
                 let id = id.parse::<DeviceId>().map_err(|error| Problem::field("resource", error.to_string()))?;
@@ -184,7 +193,7 @@ pub(crate) struct Proposal {
 
 /// A role as it would be.
 #[derive(Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with `id`, `permissions` and `topic_rules`")]
 pub(crate) struct ProposedRole {
     /// Its name, whether or not there is such a role.
     #[schema(value_type = String, example = "order-service")]

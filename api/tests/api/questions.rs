@@ -44,6 +44,9 @@ async fn a_decision_is_the_one_that_is_made_and_says_why() {
     assert_eq!(topic["decided_by"]["rule"]["filter"], "fleet/v1/{tenant}/+/telemetry", "{topic}");
     let other = ask(&api, "ada@example.com", "receive", json!("fleet/v1/main/boiler-2/telemetry")).await;
     assert!(other["reason"].as_str().unwrap().contains("another scope"), "{other}");
+    let named =
+        json!({ "principal": "ada@example.com", "action": "receive", "topic": "fleet/v1/main/boiler-2/telemetry" });
+    assert_eq!(api.post("/api/v1/access/check", named).await.expect(200).body, other);
     let own = ask(&api, "boiler-1", "publish", json!("fleet/v1/main/boiler-1/telemetry")).await;
     assert_eq!((&own["decision"], &own["decided_by"]["source"]), (&json!("allow"), &json!("device")));
     let child = api.ask("PATCH", "/api/v1/devices/boiler-2").json(&json!({ "gateway": "boiler-1" }));
@@ -63,6 +66,8 @@ async fn a_question_that_makes_no_sense_is_refused() {
     for (question, status, kind) in [
         (json!({ "action": "devices:eat" }), 400, "invalid"),
         (json!({ "action": "publish" }), 400, "invalid"),
+        (json!({ "action": "devices:read", "topic": "app/main/x" }), 400, "invalid"),
+        (json!({ "action": "publish", "topic": "app/main/x", "resource": "app/main/x" }), 400, "invalid"),
         (json!({ "action": "devices:read", "resource": "nobody" }), 404, "no-such-device"),
         (json!({ "principal": "nobody", "action": "devices:read" }), 404, "no-such-device"),
         (json!({ "principal": "nobody@example.com", "action": "devices:read" }), 400, "invalid"),

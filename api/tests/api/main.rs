@@ -23,6 +23,7 @@ mod passwords;
 mod questions;
 mod roles;
 mod sessions;
+mod strangers;
 mod telemetry;
 mod tenants;
 mod totp;

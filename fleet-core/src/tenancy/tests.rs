@@ -199,6 +199,7 @@ async fn a_statement_without_a_predicate_reaches_no_other_tenant() {
     let before = counts(&mut owner, &tables).await;
     let mut tx = bound(&db, &Bounds::of(main)).await;
     open(&mut tx, main).await;
+    let mut tried = Vec::new();
     for table in &tables {
         let mut step = tx.begin().await.unwrap();
         let deleted = step.execute(AssertSqlSafe(format!("delete from {table}"))).await;
@@ -206,28 +207,53 @@ async fn a_statement_without_a_predicate_reaches_no_other_tenant() {
         assert!(deleted <= 1, "{table}: {deleted} rows deleted");
         step.rollback().await.unwrap();
         // To give a row away is as good as writing into the other tenant.
-        let belongs: Vec<String> = sqlx::query_scalar(
-            "select attname::text from pg_attribute
-              where attrelid = $1::regclass and not attisdropped
-                and attname in ('tenant_key', 'device_key', 'user_id', 'session_id')
-              order by array_position('{tenant_key,device_key,session_id,user_id}', attname::text) limit 1",
-        )
-        .bind(table)
-        .fetch_all(&mut *owner)
-        .await
-        .unwrap();
-        let Some(column) = belongs.first() else { continue };
-        let theirs = sqlx::query_scalar(AssertSqlSafe(theirs(column, other)));
+        let Some(column) = belonging(&mut owner, table).await else { continue };
+        let theirs = sqlx::query_scalar(AssertSqlSafe(theirs(&column, other)));
         let theirs: String = theirs.fetch_one(&mut *owner).await.unwrap();
-        let mut step = tx.begin().await.unwrap();
-        match step.execute(AssertSqlSafe(format!("update {table} set {column} = {theirs}"))).await {
-            Err(sqlx::Error::Database(error)) => assert_eq!(error.code().as_deref(), Some("42501"), "{table}"),
-            other => panic!("{table}: {other:?} (is there a row of it in ROWS?)"),
+        let columns = columns(&mut owner, table).await;
+        let values = columns.split(", ").map(|name| if name == column { theirs.clone() } else { name.to_owned() });
+        let values = values.collect::<Vec<_>>().join(", ");
+        for statement in [
+            format!("update {table} set {column} = {theirs}"),
+            format!("insert into {table} ({columns}) select {values} from {table}"),
+        ] {
+            let mut step = tx.begin().await.unwrap();
+            match step.execute(AssertSqlSafe(statement)).await {
+                Err(sqlx::Error::Database(error)) => {
+                    assert_eq!(error.code().as_deref(), Some("42501"), "{table}: {error}");
+                }
+                other => panic!("{table}: {other:?} (is there a row of it in ROWS?)"),
+            }
+            step.rollback().await.unwrap();
         }
-        step.rollback().await.unwrap();
+        tried.push(table.as_str());
     }
     tx.commit().await.unwrap();
     assert_eq!(counts(&mut owner, &tables).await, before);
+    // A tenant itself is a row that belongs to nobody else.
+    let untried = tables.iter().filter(|table| !tried.contains(&table.as_str())).collect::<Vec<_>>();
+    assert_eq!(untried, ["tenant"], "say in BELONGING by which column the others are a tenant's");
+}
+
+/// Columns that say whose a row is, the nearest first.
+const BELONGING: [&str; 6] = ["tenant_key", "device_key", "session_id", "user_id", "authority_id", "claim_id"];
+
+async fn belonging(owner: &mut PgConnection, table: &str) -> Option<String> {
+    let column = sqlx::query_scalar(
+        "select attname::text from pg_attribute
+          where attrelid = $1::regclass and not attisdropped and attname = any ($2::text[])
+          order by array_position($2::text[], attname::text) limit 1",
+    );
+    column.bind(table).bind(BELONGING.as_slice()).fetch_optional(owner).await.unwrap()
+}
+
+/// The columns of a table that a statement may give values for.
+async fn columns(owner: &mut PgConnection, table: &str) -> String {
+    let columns = sqlx::query_scalar(
+        "select string_agg(attname::text, ', ' order by attnum) from pg_attribute
+          where attrelid = $1::regclass and attnum > 0 and not attisdropped and attgenerated = '' and attidentity <> 'a'",
+    );
+    columns.bind(table).fetch_one(owner).await.unwrap()
 }
 
 /// A query for a value that puts a row into another tenant.
@@ -237,6 +263,8 @@ fn theirs(column: &str, tenant: TenantKey) -> String {
         "tenant_key" => format!("select '{tenant}'"),
         "device_key" => format!("select quote_literal(key) from device where tenant_key = {tenant}"),
         "user_id" => format!("select quote_literal(id) from app_user where tenant_key = {tenant}"),
+        "authority_id" => format!("select quote_literal(id) from authority where tenant_key = {tenant}"),
+        "claim_id" => format!("select quote_literal(id) from claim where tenant_key = {tenant}"),
         _ => format!("select quote_literal(id) from session where tenant_key = {tenant}"),
     }
 }

@@ -284,6 +284,7 @@ async fn a_built_in_authority_is_placed_below_another() {
     place("").send().await.problem(400, "invalid");
     let placed = place(&chain).send().await.expect(200);
     assert_eq!((&placed.body["certificate_pem"], &placed.body["chain_pem"]), (&json!(certificate), &json!(chain)));
+    assert_eq!(api.get("/api/v1/audit").await.expect(200).body["items"][0]["action"], "authority.place");
     place(&chain).send().await.problem(412, "version-mismatch");
     let signed = api.post("/api/v1/devices/d/certificates", json!({"csr_pem": csr()})).await.expect(201).body;
     assert_eq!(signed["chain_pem"], format!("{certificate}{chain}"));

@@ -93,6 +93,11 @@ impl Api {
         self.clock.now()
     }
 
+    /// The access token of the administrator.
+    pub(crate) fn token(&self) -> &str {
+        &self.token
+    }
+
     /// A request of the administrator.
     pub(crate) fn ask(&self, method: &str, path: &str) -> Ask<'_> {
         self.anonymous(method, path).header("authorization", &format!("Bearer {}", self.token))

@@ -186,7 +186,7 @@ fn own(pattern: &str, user: &str) -> Option<String> {
 }
 
 /// The members of a schema that take a text, each as a path of names.
-fn texts(document: &Value, schema: &Value, before: &[String], found: &mut Vec<Vec<String>>) {
+pub(crate) fn texts(document: &Value, schema: &Value, before: &[String], found: &mut Vec<Vec<String>>) {
     if let Some(named) = schema["$ref"].as_str() {
         let named = named.rsplit('/').next().unwrap();
         return texts(document, &document["components"]["schemas"][named], before, found);
@@ -207,8 +207,8 @@ fn texts(document: &Value, schema: &Value, before: &[String], found: &mut Vec<Ve
     }
 }
 
-fn with(body: &Value, at: &[String], value: &str) -> Value {
-    let Some((name, rest)) = at.split_first() else { return json!(value) };
+pub(crate) fn with(body: &Value, at: &[String], value: Value) -> Value {
+    let Some((name, rest)) = at.split_first() else { return value };
     let mut members = body.as_object().cloned().unwrap_or_else(Map::new);
     let inner = with(members.get(name).unwrap_or(&Value::Null), rest, value);
     members.insert(name.clone(), inner);
@@ -244,7 +244,8 @@ async fn no_member_of_a_body_reaches_into_another_tenant() {
         for member in members {
             for (ours, nobodys) in names(&main) {
                 let ask = async |value: &str| {
-                    let ask = tenants::ask(&main, stranger.token(), &method, &path, &with(&body, &member, value));
+                    let ask =
+                        tenants::ask(&main, stranger.token(), &method, &path, &with(&body, &member, json!(value)));
                     ask.send().await
                 };
                 let route = format!("{method} {pattern}: {}", member.join("."));

@@ -196,3 +196,22 @@ async fn a_new_password_does_not_take_the_second_factor() {
     scene.next_step();
     again(json!(scene.code())).await.expect(200);
 }
+
+#[tokio::test]
+async fn what_happens_to_a_second_factor_is_in_the_audit_without_its_secrets() {
+    let scene = Scene::new().await;
+    scene.both("POST", RECOVERY, PASSWORD, &scene.recovery[0]).await.expect(200);
+    scene.next_step();
+    scene.both("DELETE", TOTP, PASSWORD, &scene.code()).await.expect(204);
+    let reset = Scene::new().await;
+    reset.api.ask("DELETE", &format!("/api/v1/users/{}/totp", reset.api.admin)).send().await.expect(204);
+    for (scene, expected) in [
+        (&scene, &["user.remove-totp", "user.renew-recovery-codes", "user.confirm-totp", "user.begin-totp"][..]),
+        (&reset, &["user.reset-totp", "user.confirm-totp", "user.begin-totp"][..]),
+    ] {
+        let told = scene.api.get("/api/v1/audit").await.expect(200);
+        let actions = told.body["items"].as_array().unwrap().iter().map(|entry| entry["action"].as_str().unwrap());
+        assert_eq!(actions.collect::<Vec<_>>(), expected);
+        assert!(!told.text.contains(&scene.recovery[0]), "{}", told.text);
+    }
+}

@@ -67,13 +67,13 @@ check_versions() {
     at_least 2.0 "$found" || fail "mosquitto 2.0 or newer is needed, found $found"
 }
 
-# What the Python clients of the journeys need, in an environment of its own.
+# What the Python clients of the journeys need, and an OpenID provider (which takes Authlib before 2.0), in an environment of its own.
 install_python() {
-    local wanted="paho-mqtt==2.2.0 cryptography==50.0.2" venv=target/venv
+    local wanted="paho-mqtt==2.2.0 cryptography==50.0.2 oidc-provider-mock==0.3.4 Authlib==1.9.9" venv=target/venv
     if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$wanted" ] || ! "$venv/bin/python" -c 'import paho.mqtt, cryptography' 2>/dev/null; then
         say "installing $wanted into $venv"
         python3 -m venv "$venv"
-        # shellcheck disable=SC2086  # two words
+        # shellcheck disable=SC2086  # several words
         "$venv/bin/python" -m pip install --quiet $wanted || fail "pip could not install $wanted"
         printf '%s' "$wanted" >"$venv/.installed"
     fi

@@ -20,7 +20,7 @@ use fleet_core::database::Database;
 use fleet_core::retention;
 use fleet_core::token::Keys;
 use fleet_core::user::{self, FirstAdmin};
-use fleet_core::{login_failure, login_session, password_reset};
+use fleet_core::{login_failure, login_session, oidc, password_reset};
 use prometheus::{IntGaugeVec, Opts, Registry};
 use sqlx::PgPool;
 use tokio::net::TcpListener;
@@ -355,6 +355,7 @@ async fn sweep(
     let swept = retention::sweep(&mut db, &config.retention, clock.now()).await?;
     let logins = login_session::sweep(&mut db, clock.now()).await?;
     password_reset::sweep(&mut db, clock.now()).await?;
+    oidc::sweep(&mut db, clock.now()).await?;
     let forgotten = login_failure::sweep(&mut db, &config.auth, clock.now()).await?;
     if forgotten > 0 {
         tracing::warn!(forgotten, "more failed logins than auth.max_login_failures were remembered");

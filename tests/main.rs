@@ -15,6 +15,7 @@ mod harness;
 mod hostile;
 mod limits;
 mod node_red;
+mod oidc;
 mod provisioning;
 mod rates;
 mod readings;

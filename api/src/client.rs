@@ -14,10 +14,12 @@ use axum::http::{Extensions, HeaderMap, HeaderName, HeaderValue, header};
 use axum_extra::extract::CookieJar;
 use axum_extra::extract::cookie::{Cookie, SameSite};
 use chrono::{DateTime, Utc};
+use fleet_core::audit::Source;
 use fleet_core::config::{CookieSecure, Secret};
 use fleet_core::login_session::Origin;
 use ipnet::IpNet;
 
+use crate::door::RequestId;
 use crate::state::App;
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -25,6 +27,8 @@ const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto")
 /// Browsers take a cookie of this name from https alone, for this host alone, and for all its paths.
 const SECURE_COOKIE: &str = "__Host-muster_refresh";
 const PLAIN_COOKIE: &str = "muster_refresh";
+const SECURE_OIDC: &str = "__Host-muster_oidc";
+const PLAIN_OIDC: &str = "muster_oidc";
 const PLAIN_PATH: &str = "/api/v1/auth";
 
 /// The other end of a request.
@@ -33,6 +37,7 @@ pub(crate) struct Client {
     /// Its address, of a proxy's client where the proxy is trusted.
     pub(crate) address: Option<IpAddr>,
     user_agent: Option<String>,
+    request_id: Option<String>,
     /// Whether its cookie is for https alone.
     secure: bool,
     /// What it calls this server.
@@ -44,6 +49,12 @@ impl Client {
     pub(crate) fn origin(&self) -> Origin {
         let address = self.address.map(|address| address.to_string());
         Origin { address, user_agent: self.user_agent.clone() }
+    }
+
+    /// Where a request comes from, for the audit.
+    pub(crate) fn source(&self) -> Source {
+        let Origin { address, user_agent } = self.origin();
+        Source { address, request_id: self.request_id.clone(), user_agent }
     }
 
     /// A path of this server as a link that can be handed out.
@@ -68,6 +79,30 @@ impl Client {
         CookieJar::new().add(cookie.same_site(SameSite::Strict))
     }
 
+    /// Sets the cookie by which a browser is known when it comes back from the provider.
+    pub(crate) fn send_away(&self, secret: &Secret, seconds: u64) -> CookieJar {
+        self.set_lax(secret.expose().to_owned(), Duration::from_secs(seconds))
+    }
+
+    /// Takes that cookie from the browser.
+    pub(crate) fn came_back(&self) -> CookieJar {
+        self.set_lax(String::new(), Duration::ZERO)
+    }
+
+    /// Sent along too when another site leads here, as the provider does.
+    fn set_lax(&self, value: String, age: Duration) -> CookieJar {
+        let (name, path) = if self.secure { (SECURE_OIDC, "/") } else { (PLAIN_OIDC, PLAIN_PATH) };
+        let age = age.try_into().unwrap_or_default();
+        let cookie = Cookie::build((name, value)).path(path).max_age(age).http_only(true).secure(self.secure);
+        CookieJar::new().add(cookie.same_site(SameSite::Lax))
+    }
+
+    /// By what the browser was known when it was sent to the provider.
+    pub(crate) fn browser(&self, headers: &HeaderMap) -> Option<Secret> {
+        let name = if self.secure { SECURE_OIDC } else { PLAIN_OIDC };
+        CookieJar::from_headers(headers).get(name).map(|cookie| Secret::from(cookie.value().to_owned()))
+    }
+
     /// The refresh token that the browser keeps.
     pub(crate) fn refresh_token(&self, headers: &HeaderMap) -> Option<Secret> {
         let name = if self.secure { SECURE_COOKIE } else { PLAIN_COOKIE };
@@ -86,7 +121,8 @@ impl FromRequestParts<App> for Client {
             CookieSecure::Always => true,
             CookieSecure::Never => false,
             CookieSecure::Auto => {
-                let https = text(FORWARDED_PROTO).is_some_and(|proto| proto.eq_ignore_ascii_case("https"))
+                let https = app.http.public_url.starts_with("https:")
+                    || text(FORWARDED_PROTO).is_some_and(|proto| proto.eq_ignore_ascii_case("https"))
                     || text(header::ORIGIN).is_some_and(|origin| origin.starts_with("https:"));
                 https || !peer.is_some_and(|peer| peer.is_loopback()) || !text(header::HOST).is_some_and(is_own_name)
             }
@@ -95,7 +131,9 @@ impl FromRequestParts<App> for Client {
         let said =
             || format!("{}://{}", if https { "https" } else { "http" }, text(header::HOST).unwrap_or("localhost"));
         let server = Some(&app.http.public_url).filter(|url| !url.is_empty()).cloned().unwrap_or_else(said);
-        Ok(Self { address, user_agent: text(header::USER_AGENT).map(str::to_owned), secure, server })
+        let user_agent = text(header::USER_AGENT).map(str::to_owned);
+        let request_id = parts.extensions.get::<RequestId>().map(|id| id.0.clone());
+        Ok(Self { address, user_agent, request_id, secure, server })
     }
 }
 

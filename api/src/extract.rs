@@ -14,7 +14,6 @@ use fleet_core::api_key;
 use fleet_core::audit::{Actor, Author, Source};
 use fleet_core::id::{ApiKeyId, LoginSessionId, TenantKey, UserId};
 use fleet_core::idempotency::{self, Answer, Key};
-use fleet_core::login_session::Origin;
 use fleet_core::policy::{Manager, Permission, Principal, Role, Who};
 use fleet_core::scope::Extent;
 use fleet_core::selector;
@@ -27,7 +26,6 @@ use sqlx::PgConnection;
 
 use crate::client::Client;
 use crate::denials::Visitor;
-use crate::door::RequestId;
 use crate::problem::{FieldError, Problem};
 use crate::state::App;
 
@@ -135,9 +133,7 @@ fn actor(principal: &Principal) -> Option<Actor> {
 
 async fn source(parts: &mut Parts, app: &App) -> Source {
     let Ok(client) = Client::from_request_parts(parts, app).await;
-    let Origin { address, user_agent } = client.origin();
-    let request_id = parts.extensions.get::<RequestId>().map(|id| id.0.clone());
-    Source { address, request_id, user_agent }
+    client.source()
 }
 
 fn visitor(parts: &Parts) -> Visitor {
@@ -461,6 +457,11 @@ impl<'a> Params<'a> {
                 default
             }
         }
+    }
+
+    /// Takes what is left over as it is: whoever sends it follows rules of others.
+    pub(crate) fn ignore_others(&mut self) {
+        self.given.clear();
     }
 
     /// Notes what is wrong with a parameter.

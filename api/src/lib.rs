@@ -19,6 +19,7 @@ mod denials;
 mod door;
 mod extract;
 mod metrics;
+mod oidc;
 mod page;
 mod problem;
 mod resource;
@@ -48,6 +49,9 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(login_sessions::logout_all))
         .routes(routes!(login_sessions::list, login_sessions::end))
         .routes(routes!(login_failures::read, login_failures::forgive))
+        .routes(routes!(routes::oidc::methods))
+        .routes(routes!(routes::oidc::login))
+        .routes(routes!(routes::oidc::callback))
         .routes(routes!(totp::read, totp::begin, totp::remove))
         .routes(routes!(totp::confirm))
         .routes(routes!(totp::renew_recovery))

@@ -16,6 +16,7 @@ pub(crate) struct Metrics {
     pub(crate) provision: IntCounterVec,
     pub(crate) logins_failed: IntCounterVec,
     pub(crate) logins_locked: IntCounterVec,
+    pub(crate) oidc_forgotten: IntCounter,
     pub(crate) sessions_ended: IntCounterVec,
     pub(crate) denials: IntCounterVec,
     pub(crate) denials_forgotten: IntCounter,
@@ -60,6 +61,10 @@ impl Metrics {
                 "Logins refused because of too many failures before, by what has to wait: the account or the address.",
                 &["by"],
             )?,
+            oidc_forgotten: IntCounter::new(
+                "muster_oidc_logins_forgotten_total",
+                "Logins by the OpenID provider that were forgotten because too many were under way.",
+            )?,
             sessions_ended: counters(
                 "muster_login_sessions_ended_total",
                 "Logins ended before their time, by why: by a logout, an administrator, a new password, one login too many, a refresh token used twice.",
@@ -87,7 +92,7 @@ impl Metrics {
         for bound in BOUNDS {
             metrics.problems.with_label_values(&[bound]);
         }
-        for what in ["password", "code"] {
+        for what in ["password", "code", "oidc"] {
             metrics.logins_failed.with_label_values(&[what]);
         }
         for by in ["account", "address"] {
@@ -107,6 +112,7 @@ impl Metrics {
         registry.register(Box::new(metrics.logins_busy.clone()))?;
         registry.register(Box::new(metrics.logins_failed.clone()))?;
         registry.register(Box::new(metrics.logins_locked.clone()))?;
+        registry.register(Box::new(metrics.oidc_forgotten.clone()))?;
         registry.register(Box::new(metrics.sessions_ended.clone()))?;
         registry.register(Box::new(metrics.denials.clone()))?;
         registry.register(Box::new(metrics.denials_forgotten.clone()))?;

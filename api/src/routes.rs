@@ -16,6 +16,7 @@ pub(crate) mod docs;
 pub(crate) mod import;
 pub(crate) mod login_failures;
 pub(crate) mod login_sessions;
+pub(crate) mod oidc;
 pub(crate) mod operations;
 pub(crate) mod passwords;
 pub(crate) mod provision;

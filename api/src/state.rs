@@ -17,6 +17,7 @@ use sqlx::{AssertSqlSafe, PgPool, Postgres, Transaction};
 
 use crate::denials::Denials;
 use crate::metrics::Metrics;
+use crate::oidc::Provider;
 
 /// A check that has not answered by then counts as failed.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -39,6 +40,7 @@ pub struct App {
     pub(crate) provisioning: Arc<Provisioning>,
     pub(crate) audit: Arc<Audit>,
     pub(crate) denials: Denials,
+    pub(crate) oidc: Option<Arc<Provider>>,
     /// `Strict-Transport-Security`, unless that is switched off.
     pub(crate) hsts: Option<HeaderValue>,
 }
@@ -64,6 +66,7 @@ impl App {
         let (audit, denials) = (Arc::new(config.audit.clone()), Denials::default());
         let hsts = HeaderValue::from_str(&format!("max-age={}; includeSubDomains", http.hsts_s)).ok();
         let hsts = hsts.filter(|_| http.hsts_s > 0);
+        let oidc = Provider::of(&config.oidc, &clock);
         Ok(Self {
             db,
             clock,
@@ -78,6 +81,7 @@ impl App {
             provisioning,
             audit,
             denials,
+            oidc,
             hsts,
         })
     }

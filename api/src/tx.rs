@@ -2,7 +2,7 @@
 //!
 //! `caller.read(&app)` is for looking, `caller.change(&app)` for changing; both take one round trip to begin. Holds: a
 //! [`Change`] is committed with an [`Entry`] or not at all. Routes that are called before anybody has logged in have
-//! `app.begin()`.
+//! `app.begin()`, and `app.record()` once it is known who that is.
 
 use std::ops::{Deref, DerefMut};
 use std::time::Duration;
@@ -68,8 +68,7 @@ impl Change {
 
     /// As [`Change::commit`], for a change of many resources.
     pub(crate) async fn commit_each(mut self, entries: Vec<Entry>) -> Result<(), Problem> {
-        let recorded = audit::record_all(&mut self.tx, &self.by, &entries, self.app.clock.now()).await?;
-        self.app.metrics.audit_cut.inc_by(recorded.cut);
+        self.app.record(&mut self.tx, &self.by, &entries).await?;
         Ok(self.tx.commit().await?)
     }
 }
@@ -124,6 +123,15 @@ impl Caller {
 
     fn bounds(&self) -> Bounds {
         Bounds::of(self.tenant).above_tenants(self.manager().platform)
+    }
+}
+
+impl App {
+    /// Writes down what is done in a transaction, last in it.
+    pub(crate) async fn record(&self, db: &mut PgConnection, by: &Author, entries: &[Entry]) -> Result<(), Problem> {
+        let recorded = audit::record_all(db, by, entries, self.clock.now()).await?;
+        self.metrics.audit_cut.inc_by(recorded.cut);
+        Ok(())
     }
 }
 

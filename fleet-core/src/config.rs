@@ -12,6 +12,8 @@ use ipnet::IpNet;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::id::RoleId;
+
 /// The commented default settings.
 pub const DEFAULTS: &str = include_str!("../../config/muster.toml");
 
@@ -29,6 +31,7 @@ pub struct Config {
     pub ingest: Ingest,
     pub database: Database,
     pub auth: Auth,
+    pub oidc: Oidc,
     pub provisioning: Provisioning,
     pub certificates: Certificates,
     pub audit: Audit,
@@ -301,6 +304,59 @@ pub struct Audit {
     pub max_denials: usize,
 }
 
+/// `[oidc]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Oidc {
+    pub issuer: String,
+    pub client_id: String,
+    pub client_secret: Secret,
+    pub scopes: Vec<String>,
+    pub role_claim: String,
+    pub roles: Vec<OidcRole>,
+    pub auto_create: bool,
+    pub link_by_email: bool,
+    pub trust_email: bool,
+    pub tenant: String,
+    pub pending_s: u64,
+    pub max_pending: usize,
+    pub timeout_ms: u64,
+}
+
+/// A line of `oidc.roles`.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct OidcRole {
+    pub value: String,
+    pub role: String,
+}
+
+impl Oidc {
+    /// Rules that types do not carry.
+    fn rules(&self) -> [(bool, &'static str); 4] {
+        let off = self.issuer.is_empty();
+        let local = ["http://127.0.0.1", "http://localhost", "http://[::1]"];
+        let https = self.issuer.starts_with("https://") || local.iter().any(|local| self.issuer.starts_with(local));
+        [
+            (off || https, "oidc.issuer: expected \"\" or https://…; http only on this machine"),
+            (
+                off || !self.client_id.is_empty(),
+                "oidc.client_id: expected the id that the provider gave to this server",
+            ),
+            (
+                off || self.roles.iter().all(|line| RoleId::try_from(line.role.clone()).is_ok()),
+                "oidc.roles: expected [{ value = \"…\", role = \"name of a role\" }]",
+            ),
+            (
+                (10..=3600).contains(&self.pending_s) && self.max_pending > 0 && self.timeout_ms > 0,
+                "oidc.pending_s: expected 10 to 3600; oidc.max_pending and oidc.timeout_ms: at least 1",
+            ),
+        ]
+    }
+}
+
 /// `[retention]`
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -486,6 +542,7 @@ impl Config {
             .list_separator(",")
             .with_list_parse_key("mqtt.proxy_trusted")
             .with_list_parse_key("http.trusted_proxies")
+            .with_list_parse_key("oidc.scopes")
             .source(variables);
         let mut loaded: Self = builder
             .add_source(variables)
@@ -575,7 +632,13 @@ impl Config {
             (self.retention.dead_letter_days > 0, "retention.dead_letter_days: expected at least 1"),
             (self.retention.connection_event_days > 0, "retention.connection_event_days: expected at least 1"),
         ];
-        match rules.iter().chain(&self.admission.rules()).chain(&self.certificates.rules()).find(|(holds, _)| !holds) {
+        match rules
+            .iter()
+            .chain(&self.admission.rules())
+            .chain(&self.oidc.rules())
+            .chain(&self.certificates.rules())
+            .find(|(holds, _)| !holds)
+        {
             Some((_, rule)) => Err(BadConfig((*rule).to_owned())),
             None => Ok(()),
         }
@@ -654,6 +717,8 @@ mod tests {
             ("MUSTER__HTTP__PUBLIC_URL", "muster.example.com", "public_url"),
             ("MUSTER__HTTP__PUBLIC_URL", "https://muster.example.com/", "public_url"),
             ("MUSTER__AUTH__MIN_PASSWORD_CHARS", "4", "min_password_chars"),
+            ("MUSTER__OIDC__ISSUER", "http://login.example.com", "oidc.issuer"),
+            ("MUSTER__OIDC__ISSUER", "https://login.example.com", "oidc.client_id"),
             ("MUSTER__AUTH__COOKIE_SECURE", "sometimes", "cookie_secure"),
             ("MUSTER__AUTH__SESSION_IDLE_S", "60", "session_idle_s"),
         ] {

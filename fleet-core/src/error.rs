@@ -147,6 +147,15 @@ pub enum Error {
     /// E-mail or password is wrong, or the user is disabled; which of them is not said.
     #[error("e-mail or password is wrong")]
     BadLogin,
+    /// The provider gives the identity no role here.
+    #[error("the provider gives this identity no role here: ask whoever manages it there")]
+    OidcNoRole,
+    /// No account belongs to the identity, or it is disabled.
+    #[error("no account belongs to this identity: ask an administrator")]
+    OidcNoAccount,
+    /// The provider does not vouch for an e-mail address.
+    #[error("the provider vouches for no e-mail address of this identity")]
+    OidcUnverified,
     /// The user has a second factor, and no code was given.
     #[error("a code of the authenticator is needed: expected `code`, or a recovery code in its place")]
     TotpRequired,

@@ -20,6 +20,7 @@
 //! | people, their passwords, access tokens and the keys of those | [`user`], [`token`], [`signing_key`] |
 //! | logins and their refresh tokens | [`login_session`] |
 //! | what a password must be, and one-time links to a new one | [`password`], [`password_reset`] |
+//! | logins by an `OpenID` provider | [`oidc`] |
 //! | one-time passwords, and recovery codes | [`totp`] |
 //! | failed logins, and how long one waits | [`login_failure`] |
 //! | secrets of programs | [`api_key`] |
@@ -71,6 +72,7 @@ pub mod latest;
 pub mod level;
 pub mod login_failure;
 pub mod login_session;
+pub mod oidc;
 pub mod password;
 pub mod password_reset;
 pub mod policy;

@@ -6,6 +6,7 @@ use axum::extract::{FromRequestParts, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use fleet_core::audit::Entry;
 use fleet_core::config::Secret;
 use fleet_core::id::{LoginSessionId, UserId};
 use fleet_core::login_failure::{self, Attempt};
@@ -14,6 +15,7 @@ use fleet_core::policy::{Home, Permission, Role};
 use fleet_core::scope::{Conjunction, Extent};
 use fleet_core::{Error, totp, user};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use utoipa::ToSchema;
 
 use crate::client::Client;
@@ -93,6 +95,12 @@ pub(crate) async fn login(
     tx.commit().await?;
     app.metrics.sessions_ended.with_label_values(&["limit"]).inc_by(ended);
     logged_in(&app, &client, &session, &token, login.cookie).await
+}
+
+/// What is written down of a login.
+pub(crate) fn log_in(session: &LoginSession) -> Entry {
+    Entry::of("user.log-in", session.user)
+        .after(&json!({ "method": session.method.name(), "session": session.id.to_string() }))
 }
 
 /// Takes the code of a user who needs one.

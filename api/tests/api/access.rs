@@ -7,7 +7,10 @@ use serde_json::{Value, json};
 use crate::harness::{Api, NOON_MS};
 
 /// Open to everybody.
-const PUBLIC: [&str; 8] = [
+const PUBLIC: [&str; 11] = [
+    "GET /api/v1/auth/methods",
+    "GET /api/v1/auth/oidc/login",
+    "GET /api/v1/auth/oidc/callback",
     "GET /.well-known/jwks.json",
     "POST /api/v1/auth/login",
     "GET /api/v1/authorities/boiler-1/crl",

@@ -20,6 +20,7 @@ mod import;
 mod login;
 mod login_sessions;
 mod matrix;
+mod oidc;
 mod passwords;
 mod questions;
 mod roles;

@@ -37,6 +37,8 @@ const ROWS: &str = "
          select id, '', 0, now() from app_user where tenant_key = $t;
     insert into recovery_code (user_id, code_hash)
          select id, convert_to('$n', 'UTF8') from app_user where tenant_key = $t;
+    insert into oidc_identity (issuer, subject, user_id, created_at)
+         select 'https://login.example.com', '$n', id, now() from app_user where tenant_key = $t;
     insert into password_reset (user_id, token_hash, created_at, expires_at)
          select id, convert_to('$n', 'UTF8'), now(), now() from app_user where tenant_key = $t;
     insert into device (tenant_key, id, created_at, updated_at) values ($t, 'boiler-1', now(), now());

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::harness::{Api, NOON_MS};
 
 /// Open to everybody.
-const PUBLIC: [&str; 11] = [
+pub(crate) const PUBLIC: [&str; 11] = [
     "GET /api/v1/auth/methods",
     "GET /api/v1/auth/oidc/login",
     "GET /api/v1/auth/oidc/callback",

@@ -8,7 +8,8 @@ use api::Health;
 use axum::body::Body;
 use serde_json::json;
 
-use crate::harness::{Api, EMAIL, Setup};
+use crate::access::{PUBLIC, operations};
+use crate::harness::{Api, EMAIL, PASSWORD, Setup};
 
 #[tokio::test]
 async fn what_is_not_there_is_a_problem() {
@@ -68,6 +69,72 @@ async fn browsers_are_told_what_pages_may_not_do() {
         }
         assert!(!policy.contains("script-src") && !policy.contains("unsafe-eval"), "{path}: {policy}");
     }
+}
+
+/// Every route that is documented, and every pattern of the router besides.
+fn all_routes(api: &Api) -> Vec<(String, String)> {
+    let documented = operations().into_iter().map(|(method, path, _)| (method, path));
+    let filled = |path: String| path.replace("{id}", "boiler-1").replace("{*rest}", "x");
+    let patterns = api.routes().into_iter().map(|path| ("GET".to_owned(), filled(path)));
+    documented.chain(patterns).collect()
+}
+
+#[tokio::test]
+async fn no_answer_of_any_route_is_without_the_headers_that_keep_browsers_honest() {
+    let mut setup = Setup::default();
+    setup.config.http.trusted_proxies = vec!["10.0.0.0/8".parse().unwrap()];
+    let api = Api::with(setup).await;
+    let routes = all_routes(&api);
+    assert!(routes.len() > 100, "{}", routes.len());
+    for (method, path) in routes {
+        for ask in [api.anonymous(&method, &path), api.ask(&method, &path)] {
+            let reply = ask.from("10.1.1.1").header("x-forwarded-proto", "https").send().await;
+            let route = format!("{method} {path}: {}", reply.status);
+            for (name, value) in [
+                ("x-content-type-options", "nosniff"),
+                ("x-frame-options", "DENY"),
+                ("referrer-policy", "no-referrer"),
+                ("cross-origin-opener-policy", "same-origin"),
+                ("cross-origin-resource-policy", "same-origin"),
+            ] {
+                assert_eq!(reply.header(name), value, "{route}: {name}");
+            }
+            assert!(reply.header("strict-transport-security").contains("max-age="), "{route}");
+            assert!(reply.header("permissions-policy").contains("camera=()"), "{route}");
+            let (policy, docs) = (reply.header("content-security-policy"), path.starts_with("/docs"));
+            assert!(
+                policy.starts_with(if docs { "default-src 'self'" } else { "default-src 'none'" }),
+                "{route}: {policy}"
+            );
+            assert!(policy.contains("frame-ancestors 'none'"), "{route}: {policy}");
+            assert_eq!(reply.header("cache-control") == "no-store", path.starts_with("/api/"), "{route}");
+            assert!(
+                !reply.headers.contains_key("access-control-allow-origin"),
+                "{route}: pages of other sites read nothing"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_cookie_opens_nothing_but_refresh_and_logout_and_those_to_no_other_site() {
+    let api = Api::start().await;
+    let login = json!({ "email": EMAIL, "password": PASSWORD });
+    let login = api.anonymous("POST", "/api/v1/auth/login").json(&login).send().await.expect(200);
+    let cookie = format!("muster_refresh={}", login.cookie("muster_refresh").0);
+    let mut guarded = 0;
+    for (method, path, _) in operations() {
+        let route = format!("{method} {path}");
+        let by_cookie = api.anonymous(&method, &path).header("cookie", &cookie).header("sec-fetch-site", "cross-site");
+        let reply = by_cookie.send().await;
+        if ["login", "refresh", "logout"].iter().any(|last| route == format!("POST /api/v1/auth/{last}")) {
+            reply.problem(403, "cross-site");
+        } else if !PUBLIC.contains(&route.as_str()) {
+            reply.problem(401, "no-token");
+            guarded += 1;
+        }
+    }
+    assert!(guarded > 50, "{guarded}");
 }
 
 #[tokio::test]

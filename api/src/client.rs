@@ -14,8 +14,9 @@ use axum::http::{Extensions, HeaderMap, HeaderName, HeaderValue, header};
 use axum_extra::extract::CookieJar;
 use axum_extra::extract::cookie::{Cookie, SameSite};
 use chrono::{DateTime, Utc};
-use fleet_core::audit::Source;
+use fleet_core::audit::{Actor, Author, Source};
 use fleet_core::config::{CookieSecure, Secret};
+use fleet_core::id::TenantKey;
 use fleet_core::login_session::Origin;
 use ipnet::IpNet;
 
@@ -55,6 +56,11 @@ impl Client {
     pub(crate) fn source(&self) -> Source {
         let Origin { address, user_agent } = self.origin();
         Source { address, request_id: self.request_id.clone(), user_agent }
+    }
+
+    /// Somebody who does something by this request, in that tenant.
+    pub(crate) fn author(&self, tenant: TenantKey, actor: Actor) -> Author {
+        Author { tenant, actor, source: self.source() }
     }
 
     /// A path of this server as a link that can be handed out.

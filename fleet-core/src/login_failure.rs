@@ -58,6 +58,14 @@ impl Kind {
     }
 }
 
+impl Attempt {
+    /// Until when the account waits, if this try brought it to that.
+    pub fn locked_until(&self, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        let account = self.counted.iter().find(|counted| counted.kind == Kind::Account)?;
+        Some(account.blocked_until).filter(|until| *until > now)
+    }
+}
+
 /// Why an account waits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lock {

@@ -334,6 +334,35 @@ pub async fn set_password(db: &mut PgConnection, id: UserId, password_hash: &str
     }
 }
 
+/// Whose audit something belongs to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Account {
+    /// The user.
+    pub id: UserId,
+    /// The user's tenant.
+    pub tenant: TenantKey,
+    /// The user's address.
+    pub email: String,
+}
+
+/// The account of an address, disabled or not.
+pub async fn account(db: &mut PgConnection, email: &str) -> Result<Option<Account>> {
+    let account = sqlx::query_as!(
+        Account,
+        r#"
+        select id as "id: UserId", tenant_key as "tenant: TenantKey", email from app_user where lower(email) = lower($1)
+        "#,
+        checked_email(email)?
+    );
+    Ok(account.fetch_optional(db).await?)
+}
+
+/// The tenant of a user.
+pub async fn tenant(db: &mut PgConnection, id: UserId) -> Result<TenantKey> {
+    let tenant = sqlx::query_scalar!(r#"select tenant_key as "key: TenantKey" from app_user where id = $1"#, id.uuid());
+    tenant.fetch_optional(db).await?.ok_or(Error::NoSuchUser(id))
+}
+
 /// The user, if `by` may manage its access: who stands above is for those who do too, and who may do more for nobody.
 pub async fn manageable(db: &mut PgConnection, by: Manager<'_>, id: UserId) -> Result<User> {
     let user = find_in(db, by.tenant, id).await?;

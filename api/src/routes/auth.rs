@@ -6,16 +6,18 @@ use axum::extract::{FromRequestParts, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use fleet_core::audit::Entry;
+use fleet_core::audit::{self, Actor, Entry};
 use fleet_core::config::Secret;
 use fleet_core::id::{LoginSessionId, UserId};
 use fleet_core::login_failure::{self, Attempt};
 use fleet_core::login_session::{self, LoginSession, Method, Refresh};
 use fleet_core::policy::{Home, Permission, Role};
 use fleet_core::scope::{Conjunction, Extent};
-use fleet_core::{Error, totp, user};
+use fleet_core::totp::{self, Taken};
+use fleet_core::{Error, user};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use sqlx::PgConnection;
 use utoipa::ToSchema;
 
 use crate::client::Client;
@@ -82,16 +84,17 @@ pub(crate) async fn login(
     let attempt = attempt(&app, &client, &login.email).await?;
     let user = match app.logins.login(&app.db, &login.email, &login.password).await {
         Ok(user) => user,
-        Err(error) => return Err(failed(&app, attempt, error).await?),
+        Err(error) => return Err(failed(&app, &client, &login.email, attempt, error).await?),
     };
-    if let Err(error) = second_factor(&app, user.id, login.code.as_ref()).await {
-        return Err(failed(&app, attempt, error).await?);
+    if let Err(error) = second_factor(&app, &client, user.id, login.code.as_ref()).await {
+        return Err(failed(&app, &client, &login.email, attempt, error).await?);
     }
     let (mut tx, now) = (app.begin().await?, app.clock.now());
     let origin = client.origin();
     let (session, token, ended) =
         login_session::begin(&mut tx, user.id, Method::Password, &origin, &app.auth, now).await?;
     login_failure::succeeded(&mut tx, attempt, now).await?;
+    record(&app, &mut tx, &client, user.id, log_in(&session)).await?;
     tx.commit().await?;
     app.metrics.sessions_ended.with_label_values(&["limit"]).inc_by(ended);
     logged_in(&app, &client, &session, &token, login.cookie).await
@@ -103,18 +106,35 @@ pub(crate) fn log_in(session: &LoginSession) -> Entry {
         .after(&json!({ "method": session.method.name(), "session": session.id.to_string() }))
 }
 
+/// Writes down what a user did who has no access token, last in the transaction.
+pub(crate) async fn record(
+    app: &App,
+    db: &mut PgConnection,
+    client: &Client,
+    user: UserId,
+    entry: Entry,
+) -> Result<(), Problem> {
+    let tenant = user::tenant(db, user).await?;
+    app.record(db, &client.author(tenant, Actor::User(user)), &[entry]).await
+}
+
 /// Takes the code of a user who needs one.
-async fn second_factor(app: &App, user: UserId, code: Option<&Secret>) -> fleet_core::Result<()> {
+async fn second_factor(app: &App, client: &Client, user: UserId, code: Option<&Secret>) -> fleet_core::Result<()> {
     if totp::find(&mut *app.db.acquire().await?, user).await?.is_none() {
         return Ok(());
     }
-    take_code(app, user, code.ok_or(Error::TotpRequired)?).await
+    take_code(app, client, user, code.ok_or(Error::TotpRequired)?).await
 }
 
 /// Takes a code, which is worth nothing from then on, whatever comes of the rest.
-async fn take_code(app: &App, user: UserId, code: &Secret) -> fleet_core::Result<()> {
-    let mut tx = app.begin().await?;
-    totp::verify(&mut tx, app.pki.seal(), user, code.expose(), app.clock.now()).await?;
+async fn take_code(app: &App, client: &Client, user: UserId, code: &Secret) -> fleet_core::Result<()> {
+    let (mut tx, now) = (app.begin().await?, app.clock.now());
+    if totp::verify(&mut tx, app.pki.seal(), user, code.expose(), now).await? == Taken::RecoveryCode {
+        let left = totp::find(&mut tx, user).await?.map(|state| state.recovery_codes);
+        let entry = Entry::of("user.use-recovery-code", user).after(&json!({ "recovery_codes": left }));
+        let tenant = user::tenant(&mut tx, user).await?;
+        audit::record(&mut tx, &client.author(tenant, Actor::User(user)), &entry, now).await?;
+    }
     Ok(tx.commit().await?)
 }
 
@@ -133,7 +153,7 @@ pub(crate) async fn check_again(
     let checked = async {
         app.logins.login(&app.db, &email, password).await?;
         match code {
-            Some(code) => take_code(app, person.id, code).await,
+            Some(code) => take_code(app, client, person.id, code).await,
             None => Ok(()),
         }
     };
@@ -147,7 +167,7 @@ pub(crate) async fn check_again(
         Error::BadCode => Some(Problem::new(403, "wrong-code", error.to_string())),
         _ => None,
     };
-    let problem = failed(app, tried, error).await?;
+    let problem = failed(app, client, &email, tried, error).await?;
     Err(wrong.unwrap_or(problem))
 }
 
@@ -165,7 +185,7 @@ async fn attempt(app: &App, client: &Client, email: &str) -> Result<Attempt, Pro
 }
 
 /// What a try that failed is answered; one that was no guess is taken back.
-async fn failed(app: &App, attempt: Attempt, error: Error) -> Result<Problem, Problem> {
+async fn failed(app: &App, client: &Client, email: &str, attempt: Attempt, error: Error) -> Result<Problem, Problem> {
     let wrong = match error {
         Error::BadLogin => Some("password"),
         Error::BadCode => Some("code"),
@@ -173,6 +193,10 @@ async fn failed(app: &App, attempt: Attempt, error: Error) -> Result<Problem, Pr
     };
     if let Some(wrong) = wrong {
         app.metrics.logins_failed.with_label_values(&[wrong]).inc();
+        if let Some(account) = user::account(&mut *app.db.acquire().await?, email).await? {
+            let by = client.author(account.tenant, Actor::Unknown(account.email));
+            app.failed_login(&by, account.id, wrong, attempt.locked_until(app.clock.now()));
+        }
         return Ok(error.into());
     }
     if matches!(error, Error::Busy(_)) {
@@ -246,6 +270,11 @@ pub(crate) async fn refresh(
     let shown = shown.ok_or_else(|| Problem::new(401, "no-token", "expected a refresh token: log in"))?;
     let mut tx = app.begin().await?;
     let answer = login_session::refresh(&mut tx, shown.expose(), &app.auth, app.clock.now()).await?;
+    if let Refresh::Stolen(session) = &answer {
+        let tenant = user::tenant(&mut tx, session.user).await?;
+        let reuse = Entry::of("login-session.reuse", session.id).after(&json!({ "user": session.user.to_string() }));
+        app.record(&mut tx, &client.author(tenant, Actor::System("sign-in")), &[reuse]).await?;
+    }
     tx.commit().await?;
     match answer {
         Refresh::Renewed(session, token) => logged_in(&app, &client, &session, &token, cookie).await,
@@ -299,10 +328,12 @@ pub(crate) async fn logout(State(app): State<App>, client: Client, Leaving(who):
     if let Some((user, session)) = who {
         let mut tx = app.begin().await?;
         match login_session::end(&mut tx, user, session).await {
+            Ok(()) => record(&app, &mut tx, &client, user, Entry::of("login-session.end", session)).await?,
             // Another tab was faster.
-            Ok(()) | Err(Error::NoSuchLoginSession(_)) => tx.commit().await?,
+            Err(Error::NoSuchLoginSession(_)) => {}
             Err(error) => return Err(error.into()),
         }
+        tx.commit().await?;
         app.metrics.sessions_ended.with_label_values(&["logout"]).inc();
     }
     Ok((StatusCode::NO_CONTENT, client.forget()).into_response())

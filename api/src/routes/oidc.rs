@@ -1,9 +1,9 @@
 //! Logging in by the `OpenID` provider: there, and back.
 
 use axum::extract::State;
-use axum::http::{HeaderMap, header};
+use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Redirect, Response};
-use fleet_core::audit::{Actor, Author, Entry};
+use fleet_core::audit::{Actor, Entry};
 use fleet_core::login_session::{self, Method};
 use fleet_core::oidc::{self, Identity, SignedIn};
 use serde::Serialize;
@@ -151,13 +151,12 @@ async fn come_back(
     let (session, token, ended) =
         login_session::begin(&mut tx, who.user.id, Method::Oidc, &client.origin(), &app.auth, now).await?;
     let tenant = who.tenant;
-    let author = |actor| Author { tenant, actor, source: client.source() };
-    app.record(&mut tx, &author(Actor::System("oidc")), &changes(who, &identity)).await?;
-    app.record(&mut tx, &author(Actor::User(session.user)), &[log_in(&session)]).await?;
+    app.record(&mut tx, &client.author(tenant, Actor::System("oidc")), &changes(who, &identity)).await?;
+    app.record(&mut tx, &client.author(tenant, Actor::User(session.user)), &[log_in(&session)]).await?;
     tx.commit().await?;
     app.metrics.sessions_ended.with_label_values(&["limit"]).inc_by(ended);
     let cookies = (client.keep(&token, now, session.expires_at), client.came_back());
-    Ok((cookies, [(header::CACHE_CONTROL, "no-store")], Redirect::to(HOME)).into_response())
+    Ok((cookies, Redirect::to(HOME)).into_response())
 }
 
 /// What the provider changed about an account.

@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 use crate::client::Client;
 use crate::extract::{AccessManage, Can, Json, Path, Person};
 use crate::problem::{Document, Problem};
-use crate::routes::auth::check_again;
+use crate::routes::auth::{check_again, record};
 use crate::state::App;
 use crate::time;
 
@@ -134,13 +134,18 @@ pub(crate) struct ResetPassword {
         (status = 429, description = "Too many passwords at once: see Retry-After.", body = Document, content_type = "application/problem+json"),
     )
 )]
-pub(crate) async fn reset(State(app): State<App>, Json(request): Json<ResetPassword>) -> Result<StatusCode, Problem> {
+pub(crate) async fn reset(
+    State(app): State<App>,
+    client: Client,
+    Json(request): Json<ResetPassword>,
+) -> Result<StatusCode, Problem> {
     let (token, now) = (request.token.expose(), app.clock.now());
     let pending = password_reset::find(&mut *app.db.acquire().await?, token, now).await?;
     // Before the transaction, so that no connection is held meanwhile.
     let hash = hashed(&app, &request.new_password, &pending.email).await?;
     let mut tx = app.begin().await?;
-    password_reset::redeem(&mut tx, token, &hash, now).await?;
+    let user = password_reset::redeem(&mut tx, token, &hash, now).await?;
+    record(&app, &mut tx, &client, user, Entry::of("user.reset-password", user)).await?;
     tx.commit().await?;
     Ok(StatusCode::NO_CONTENT)
 }

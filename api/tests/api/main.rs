@@ -25,6 +25,7 @@ mod passwords;
 mod questions;
 mod roles;
 mod sessions;
+mod sign_ins;
 mod strangers;
 mod telemetry;
 mod tenants;

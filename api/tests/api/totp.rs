@@ -206,7 +206,16 @@ async fn what_happens_to_a_second_factor_is_in_the_audit_without_its_secrets() {
     let reset = Scene::new().await;
     reset.api.ask("DELETE", &format!("/api/v1/users/{}/totp", reset.api.admin)).send().await.expect(204);
     for (scene, expected) in [
-        (&scene, &["user.remove-totp", "user.renew-recovery-codes", "user.confirm-totp", "user.begin-totp"][..]),
+        (
+            &scene,
+            &[
+                "user.remove-totp",
+                "user.renew-recovery-codes",
+                "user.use-recovery-code",
+                "user.confirm-totp",
+                "user.begin-totp",
+            ][..],
+        ),
         (&reset, &["user.reset-totp", "user.confirm-totp", "user.begin-totp"][..]),
     ] {
         let told = scene.api.get("/api/v1/audit").await.expect(200);

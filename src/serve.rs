@@ -17,11 +17,12 @@ use fleet_core::clock::Clock;
 use fleet_core::config::Config;
 use fleet_core::credential::{self, Expiring};
 use fleet_core::database::Database;
+use fleet_core::decommission;
 use fleet_core::retention;
 use fleet_core::token::Keys;
 use fleet_core::user::{self, FirstAdmin};
 use fleet_core::{login_failure, login_session, oidc, password_reset};
-use prometheus::{IntGaugeVec, Opts, Registry};
+use prometheus::{IntCounter, IntGauge, IntGaugeVec, Opts, Registry};
 use sqlx::PgPool;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -34,6 +35,8 @@ use crate::websocket;
 
 /// How often partitions are made ahead and old days dropped.
 const SWEEP_EVERY: Duration = Duration::from_mins(10);
+/// How often it is looked for devices that have left for good.
+const CLEAR_EVERY: Duration = Duration::from_secs(1);
 /// How long a sweep under way may take to end when the server stops.
 const SWEEP_STOP_WITHIN: Duration = Duration::from_secs(5);
 /// How long requests under way may take to end when the server stops.
@@ -54,7 +57,7 @@ pub(crate) enum Role {
     Broker,
     /// The HTTP door.
     Api,
-    /// Housekeeping: partitions and retention.
+    /// Housekeeping: partitions, retention, devices that have left.
     Worker,
 }
 
@@ -297,7 +300,7 @@ impl Http {
 /// Housekeeping.
 struct Worker {
     stop: CancellationToken,
-    sweeping: JoinHandle<()>,
+    tasks: [JoinHandle<()>; 2],
 }
 
 impl Worker {
@@ -313,6 +316,8 @@ impl Worker {
         let expiring = IntGaugeVec::new(expiring, &["within"])?;
         registry.register(Box::new(expiring.clone()))?;
         let stop = CancellationToken::new();
+        let clearing = Clearing::new(&config, registry)?;
+        let clearing = tokio::spawn(clearing.run(db.clone(), clock.clone(), stop.clone()));
         let stopping = stop.clone();
         let sweeping = tokio::spawn(async move {
             let mut every = tokio::time::interval(SWEEP_EVERY);
@@ -326,14 +331,55 @@ impl Worker {
                 }
             }
         });
-        Ok(Self { stop, sweeping })
+        Ok(Self { stop, tasks: [sweeping, clearing] })
     }
 
-    async fn stop(mut self) {
+    async fn stop(self) {
         self.stop.cancel();
-        if tokio::time::timeout(SWEEP_STOP_WITHIN, &mut self.sweeping).await.is_err() {
-            // Each of its statements is done or is not; the next start goes on where this one ended.
-            self.sweeping.abort();
+        for mut task in self.tasks {
+            if tokio::time::timeout(SWEEP_STOP_WITHIN, &mut task).await.is_err() {
+                // Each of its statements is done or is not; the next start goes on where this one ended.
+                task.abort();
+            }
+        }
+    }
+}
+
+/// Clears away what is left of devices that were decommissioned.
+struct Clearing {
+    rows: u32,
+    deleted: IntCounter,
+    unfinished: IntGauge,
+}
+
+impl Clearing {
+    fn new(config: &Config, registry: &Registry) -> prometheus::Result<Self> {
+        let deleted = IntCounter::new("muster_decommission_rows_total", "Rows deleted of decommissioned devices")?;
+        let unfinished =
+            IntGauge::new("muster_decommissions_unfinished", "Decommissioned devices of which rows are left")?;
+        registry.register(Box::new(deleted.clone()))?;
+        registry.register(Box::new(unfinished.clone()))?;
+        Ok(Self { rows: config.retention.decommission_rows, deleted, unfinished })
+    }
+
+    async fn run(self, db: PgPool, clock: Clock, stop: CancellationToken) {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(CLEAR_EVERY) => {}
+            }
+            // Cancelled between two answers of the database: a step is done or is not.
+            let worked = tokio::select! {
+                () = stop.cancelled() => return,
+                worked = decommission::work(&db, self.rows, clock.now()) => worked,
+            };
+            match worked {
+                Ok(worked) => {
+                    self.deleted.inc_by(worked.rows);
+                    self.unfinished.set(i64::try_from(worked.unfinished).unwrap_or(i64::MAX));
+                }
+                Err(error) => tracing::warn!(%error, "decommissioned devices wait to be cleared away"),
+            }
         }
     }
 }

@@ -7,6 +7,7 @@ mod audit;
 mod conformance;
 mod control;
 mod crash;
+mod decommission;
 mod demo;
 mod foreign_clients;
 mod fuzz;

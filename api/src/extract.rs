@@ -201,7 +201,8 @@ rights!(
     AuditRead,
     AccessManage,
     AuthoritiesManage,
-    ProvisioningManage
+    ProvisioningManage,
+    DevicesDecommission
 );
 
 /// A caller who holds the permission `R`.

@@ -33,8 +33,8 @@ pub use state::{App, Health};
 use problem::Problem;
 use routes::{
     access, api_keys, audit, auth, authorities, bindings, certificates, claims, connections, credentials, dead_letters,
-    devices, docs, import, login_failures, login_sessions, operations, passwords, provision, roles, sessions,
-    signing_keys, telemetry, tenants, totp, users,
+    decommissions, devices, docs, import, login_failures, login_sessions, operations, passwords, provision, roles,
+    sessions, signing_keys, telemetry, tenants, totp, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -64,6 +64,9 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(devices::enrol, devices::list))
         .routes(routes!(import::import))
         .routes(routes!(devices::read, devices::change, devices::delete))
+        .routes(routes!(decommissions::begin))
+        .routes(routes!(decommissions::list))
+        .routes(routes!(decommissions::read))
         .routes(routes!(credentials::issue, credentials::list))
         .routes(routes!(credentials::rotate))
         .routes(routes!(credentials::revoke))

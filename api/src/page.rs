@@ -6,8 +6,8 @@ use std::str::FromStr;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use fleet_core::id::{
-    ApiKeyId, BindingId, ClaimId, ClaimRequestId, ConnectionEventId, ConnectionId, DeadLetterId, DeviceId, RoleId,
-    SessionId, TenantId, UserId,
+    ApiKeyId, BindingId, ClaimId, ClaimRequestId, ConnectionEventId, ConnectionId, DeadLetterId, DecommissionId,
+    DeviceId, RoleId, SessionId, TenantId, UserId,
 };
 use serde::{Serialize, Serializer};
 use utoipa::{IntoParams, ToSchema};
@@ -84,6 +84,8 @@ pub(crate) enum Cursor {
     Claim(ClaimId),
     /// In the list of what was asked by claims.
     ClaimRequest(ClaimRequestId),
+    /// In the list of decommissions.
+    Decommission(DecommissionId),
     /// In the readings of a device.
     Reading { ts_ms: i64, seq: i64 },
 }
@@ -104,6 +106,7 @@ impl Cursor {
             Self::Audit(seq) => format!("a{seq}"),
             Self::Claim(id) => format!("m{id}"),
             Self::ClaimRequest(id) => format!("q{id}"),
+            Self::Decommission(id) => format!("x{id}"),
             Self::Reading { ts_ms, seq } => format!("r{ts_ms},{seq}"),
         };
         URL_SAFE_NO_PAD.encode(plain)
@@ -126,6 +129,7 @@ impl Cursor {
             "a" => key.parse().ok().map(Self::Audit),
             "m" => key.parse().ok().map(Self::Claim),
             "q" => key.parse().ok().map(Self::ClaimRequest),
+            "x" => key.parse().ok().map(Self::Decommission),
             "r" => {
                 let (ts_ms, seq) = key.split_once(',')?;
                 Some(Self::Reading { ts_ms: ts_ms.parse().ok()?, seq: seq.parse().ok()? })
@@ -193,6 +197,7 @@ keys!(
     ConnectionId: Connection,
     ConnectionEventId: ConnectionEvent,
     TenantId: Tenant,
+    DecommissionId: Decommission,
     i64: Audit,
     ClaimId: Claim,
     ClaimRequestId: ClaimRequest

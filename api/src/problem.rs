@@ -241,6 +241,8 @@ impl From<Error> for Problem {
             Error::NoSuchLoginSession(_) => (404, "no-such-login-session"),
             Error::NoBroker(_) => (503, "no-broker"),
             Error::DeviceExists(_) => (409, "device-exists"),
+            Error::Decommissioned(_) => (409, "decommissioned"),
+            Error::NoSuchDecommission(_) => (404, "no-such-decommission"),
             Error::CertificateTaken => (409, "certificate-taken"),
             Error::TooManyCredentials(_) => (409, "too-many-credentials"),
             Error::NoSuchAuthority(_) => (404, "no-such-authority"),

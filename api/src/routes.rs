@@ -11,6 +11,7 @@ pub(crate) mod claims;
 pub(crate) mod connections;
 pub(crate) mod credentials;
 pub(crate) mod dead_letters;
+pub(crate) mod decommissions;
 pub(crate) mod devices;
 pub(crate) mod docs;
 pub(crate) mod import;

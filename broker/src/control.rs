@@ -299,6 +299,10 @@ impl Task {
                 trace.map_or(Answer::NotHere, |trace| Answer::Trace(trace.lines(after, limit.min(control::MAX_PAGE))))
             }
             Request::Tell { tenant, asker, message } => self.tell(&tenant, &asker, &message),
+            Request::ForgetRetained { below } => {
+                shared.store.retained().forget_below(&below);
+                Answer::Done
+            }
             Request::EndSession { tenant, id, by } => self.end_session(tenant, id, by),
         }
     }

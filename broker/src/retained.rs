@@ -135,6 +135,19 @@ impl Retained {
         Some(found)
     }
 
+    /// Forgets the messages of all topics that begin so.
+    pub(crate) fn forget_below(&self, beginning: &str) {
+        let mut kept = self.kept.write();
+        let from = kept.messages.range::<str, _>((Bound::Included(beginning), Bound::Unbounded));
+        let topics: Vec<_> =
+            from.map(|(topic, _)| topic.clone()).take_while(|topic| topic.starts_with(beginning)).collect();
+        for topic in &topics {
+            let bytes = kept.messages.remove(topic).map_or(0, |(publish, _)| cost(&publish));
+            kept.bytes -= bytes;
+        }
+        self.note_number(&kept);
+    }
+
     /// Topics whose message has expired, forgotten here; at most so many.
     pub(crate) fn expire(&self, most: usize) -> Vec<ByteString> {
         let mut kept = self.kept.write();
@@ -236,5 +249,22 @@ mod tests {
         assert_eq!(walk(&retained, "#", 10), ["b"]);
         assert_eq!(retained.expire(10), ["a"]);
         assert_eq!(metrics.retained.get(), 1);
+    }
+
+    #[test]
+    fn a_device_that_has_left_is_forgotten_and_its_namesakes_are_not() {
+        let (retained, metrics) = retained(10, 1 << 20);
+        let stays =
+            ["fleet/v1/main/a", "fleet/v1/main/a-1/status", "fleet/v1/main/aa/status", "fleet/v1/other/a/status"];
+        let goes = ["fleet/v1/main/a/shadow/get", "fleet/v1/main/a/status"];
+        for topic in stays.iter().chain(&goes) {
+            retained.put(&message(topic, "x"), Instant::now()).unwrap();
+        }
+        retained.forget_below("fleet/v1/main/a/");
+        assert_eq!(walk(&retained, "#", 10), stays);
+        assert_eq!(metrics.retained.get(), 4);
+        retained.forget_below("fleet/v1/main/a/");
+        let bytes = stays.map(|topic| cost(&message(topic, "x"))).into_iter().sum::<usize>();
+        assert_eq!(retained.kept.read().bytes, bytes);
     }
 }

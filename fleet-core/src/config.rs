@@ -368,6 +368,7 @@ pub struct Retention {
     pub dead_letter_max_rows: i64,
     pub connection_event_days: u32,
     pub connection_event_max_rows: i64,
+    pub decommission_rows: u32,
     pub audit_days: u32,
 }
 

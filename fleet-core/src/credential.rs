@@ -283,7 +283,7 @@ fn parse_username(username: &str) -> Option<(TenantId, DeviceId)> {
 /// Gives a device a further credential that does not expire. To be called in a transaction: the device's row stays locked
 /// until its end. Refused with [`Error::TooManyCredentials`] while [`MAX_VALID`] are valid.
 pub async fn issue(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId, now: DateTime<Utc>) -> Result<Issued> {
-    let device = lock(db, tenant, id).await?;
+    let device = lock_active(db, tenant, id).await?;
     if valid(db, device.key, Kind::Token, now).await?.len() >= MAX_VALID {
         return Err(Error::TooManyCredentials(id.clone()));
     }
@@ -303,7 +303,7 @@ pub async fn register(
     if certificate.not_after <= now {
         return Err(Error::Invalid(format!("the certificate has expired at {}", certificate.not_after)));
     }
-    let device = lock(db, tenant, id).await?;
+    let device = lock_active(db, tenant, id).await?;
     if valid(db, device.key, Kind::Certificate, now).await?.len() >= MAX_VALID {
         return Err(Error::TooManyCredentials(id.clone()));
     }
@@ -364,7 +364,7 @@ pub async fn rotate(
     if overlap_s > MAX_OVERLAP_S {
         return Err(Error::Invalid(format!("overlap_s is {overlap_s}: expected 0 to {MAX_OVERLAP_S}")));
     }
-    let device = lock(db, tenant, id).await?;
+    let device = lock_active(db, tenant, id).await?;
     let mut older = valid(db, device.key, Kind::Token, now).await?;
     if overlap_s > 0
         && let Some(newest) = older.pop()
@@ -484,6 +484,13 @@ pub async fn expiring(db: &mut PgConnection, now: DateTime<Utc>) -> Result<Expir
 pub(crate) struct Locked {
     pub(crate) key: DeviceKey,
     pub(crate) tenant: TenantId,
+    has_left: bool,
+}
+
+/// As [`lock`], for a device that is to get a credential: one that has left for good gets none.
+pub(crate) async fn lock_active(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Result<Locked> {
+    let device = lock(db, tenant, id).await?;
+    if device.has_left { Err(Error::Decommissioned(id.clone())) } else { Ok(device) }
 }
 
 pub(crate) async fn lock(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Result<Locked> {
@@ -491,7 +498,7 @@ pub(crate) async fn lock(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId
     sqlx::query_as!(
         Locked,
         r#"
-        select d.key as "key: DeviceKey", t.id as "tenant: TenantId"
+        select d.key as "key: DeviceKey", t.id as "tenant: TenantId", d.decommissioned_at is not null as "has_left!"
           from device d
           join tenant t on t.key = d.tenant_key
          where d.tenant_key = $1 and d.id = $2

@@ -175,6 +175,8 @@ pub struct Device {
     pub gateway: Option<DeviceId>,
     /// A disabled device may not connect.
     pub disabled: bool,
+    /// When it left for good; it is disabled then.
+    pub decommissioned_at: Option<DateTime<Utc>>,
     /// Rises with every change.
     pub version: i64,
     /// When it was enrolled.
@@ -391,6 +393,9 @@ pub async fn update(
     let locked = lock(db, tenant, &std::iter::once(id).chain(gateway).collect::<Vec<_>>()).await?;
     let old = find(db, tenant, id).await?;
     check_version(old.version, expected)?;
+    if old.decommissioned_at.is_some() && patch.disabled == Some(false) {
+        return Err(Error::Decommissioned(id.clone()));
+    }
     let mut new = old.clone();
     if let Some(kind) = &patch.kind {
         new.kind.clone_from(kind);
@@ -548,7 +553,7 @@ async fn read(db: &mut PgConnection, tenant: TenantKey, ids: &[String]) -> Resul
         r#"
         select d.key as "key: DeviceKey", d.id as "id: DeviceId", d.type as "kind: DeviceType",
                d.group_path as "group: GroupPath", d.labels as "labels: Json<Labels>",
-               g.id as "gateway?: DeviceId", d.disabled, d.version, d.created_at, d.updated_at
+               g.id as "gateway?: DeviceId", d.disabled, d.decommissioned_at, d.version, d.created_at, d.updated_at
           from device d
           left join device g on g.key = d.gateway_key
          where d.tenant_key = $1 and d.id = any($2)

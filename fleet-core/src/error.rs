@@ -2,8 +2,8 @@
 //! the broker to a reason code.
 
 use crate::id::{
-    ApiKeyId, AuthorityId, BadId, BindingId, ClaimId, ClaimRequestId, CredentialId, DeviceId, LoginSessionId, RoleId,
-    SessionId, TenantId, UserId,
+    ApiKeyId, AuthorityId, BadId, BindingId, ClaimId, ClaimRequestId, CredentialId, DecommissionId, DeviceId,
+    LoginSessionId, RoleId, SessionId, TenantId, UserId,
 };
 use crate::topic_rule::BadRule;
 
@@ -50,6 +50,12 @@ pub enum Error {
     /// No such login session of this user.
     #[error("login session {0} does not exist, or has ended")]
     NoSuchLoginSession(LoginSessionId),
+    /// Who has left for good does not come back.
+    #[error("device {0} is decommissioned: enrol another one")]
+    Decommissioned(DeviceId),
+    /// No such decommission in the caller's tenant, or none that the caller may see.
+    #[error("decommission {0} does not exist")]
+    NoSuchDecommission(DecommissionId),
     /// Two are valid already.
     #[error("device {0} has two valid credentials already: revoke one first, or rotate")]
     TooManyCredentials(DeviceId),

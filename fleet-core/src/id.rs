@@ -198,6 +198,7 @@ id!(SessionId, "ses", "session");
 id!(LoginSessionId, "lgs", "login session");
 id!(ClaimId, "clm", "claim");
 id!(ClaimRequestId, "crq", "request by a claim");
+id!(DecommissionId, "dcm", "decommission of a device");
 
 #[cfg(test)]
 mod tests {

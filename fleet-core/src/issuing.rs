@@ -45,7 +45,7 @@ pub async fn issue(
     (request, lifetime_s): (&Csr, Option<u64>),
     now: DateTime<Utc>,
 ) -> Result<Issued> {
-    let device = credential::lock(db, tenant, id).await?;
+    let device = credential::lock_active(db, tenant, id).await?;
     if credential::valid(db, device.key, Kind::Certificate, now).await?.len() >= MAX_VALID {
         return Err(Error::TooManyCredentials(id.clone()));
     }

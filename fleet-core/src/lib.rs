@@ -35,6 +35,7 @@
 //! | what the doors tell each other of open connections, and every change of rights | [`control`] |
 //! | what happened to a client's connection | [`connection_event`] |
 //! | what outlives an MQTT connection: subscriptions, queued messages | [`session`] |
+//! | devices that leave for good, and what is deleted of them | [`decommission`] |
 //! | the newest retained message of each topic | [`retained`] |
 //! | who changed what | [`audit`] |
 //! | transactions bound to a tenant and a scope | [`tenancy`] |
@@ -57,6 +58,7 @@ pub mod credential;
 pub mod csr;
 pub mod database;
 pub mod dead_letter;
+pub mod decommission;
 pub mod device;
 pub mod difference;
 pub mod directory;

@@ -106,6 +106,8 @@ permissions! {
     AuthoritiesManage = "authorities:manage", Tenant, [];
     /// make and revoke claims, by which devices ask to come in, and approve what they ask
     ProvisioningManage = "provisioning:manage", Tenant, [];
+    /// shut devices out for good, and delete all that is known of them
+    DevicesDecommission = "devices:decommission", Devices, [];
 }
 
 impl Permission {

@@ -53,6 +53,9 @@ pub(crate) struct DeviceBody {
     gateway: Option<DeviceId>,
     /// A disabled device may not connect.
     disabled: bool,
+    /// When it left for good; it is disabled then.
+    #[serde(serialize_with = "time::serialize_maybe")]
+    decommissioned_at: Option<DateTime<Utc>>,
     /// What is known of its life.
     status: StatusBody,
     /// Rises with every change; its status and its readings do not count.
@@ -139,6 +142,7 @@ impl DeviceBody {
             labels: device.labels,
             gateway: device.gateway,
             disabled: device.disabled,
+            decommissioned_at: device.decommissioned_at,
             status: StatusBody::new(status),
             version: device.version,
             created_at: device.created_at,
@@ -162,7 +166,7 @@ async fn with_status(db: &mut PgConnection, device: Device) -> Result<DeviceBody
 }
 
 /// What people have said about a device, for the audit: its status has no part in it.
-fn known(device: Device) -> serde_json::Value {
+pub(crate) fn known(device: Device) -> serde_json::Value {
     let mut body = serde_json::to_value(DeviceBody::new(device, None)).unwrap_or_default();
     if let Some(body) = body.as_object_mut() {
         body.remove("status");

@@ -12,6 +12,7 @@ mod claims;
 mod connections;
 mod credentials;
 mod dead_letters;
+mod decommissions;
 mod devices;
 mod document;
 mod door;

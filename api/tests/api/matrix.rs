@@ -126,7 +126,7 @@ fn every_permission_is_held_by_some_role_and_opens_something() {
         let name = permission.name();
         assert!(
             Role::BUILT_IN.iter().skip(1).any(|role| role.permissions().contains(permission))
-                || ["access:manage", "authorities:manage"].contains(&name)
+                || ["access:manage", "authorities:manage", "devices:decommission"].contains(&name)
         );
         // Approving is for updates, which have no routes yet.
         let opens = needed.iter().any(|needed| needed == name) || permission.topic_rules().next().is_some();

@@ -95,6 +95,8 @@ impl Main {
              insert into device_latest select key, now(), '{{\"temp\": [1763722800000, 1, 21.5]}}' from device"
         );
         api.db.pool().execute(AssertSqlSafe(sql)).await.unwrap();
+        api.enrol("gone-1").await;
+        let gone = api.post("/api/v1/devices/gone-1/decommission", json!({ "purge": true })).await.expect(202);
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         let nobodys = |prefix: &str| format!("{prefix}_{}", Uuid::now_v7().simple());
         let ids = vec![
@@ -112,6 +114,7 @@ impl Main {
             ("sessions", format!("ses_{}", session.simple()), nobodys("ses")),
             ("connections", nobodys("con"), nobodys("con")),
             ("claims", text(&claim.body["id"]), nobodys("clm")),
+            ("decommissions", text(&gone.body["id"]), nobodys("dcm")),
             ("requests", asked.ids()[0].to_owned(), nobodys("crq")),
         ];
         Self { api, ids }

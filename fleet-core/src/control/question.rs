@@ -104,6 +104,11 @@ pub enum Request {
         /// What it is told.
         message: Value,
     },
+    /// Forget the retained messages of topics that begin so; their rows are deleted by whoever asks.
+    ForgetRetained {
+        /// `fleet/v1/{tenant}/{device}/`
+        below: String,
+    },
     /// End a durable session, connected or not.
     EndSession {
         /// Whose.

@@ -19,6 +19,8 @@ use crate::{Error, Result};
 pub enum Ended {
     /// Its device exists no more.
     DeviceDeleted,
+    /// Its device has left for good.
+    DeviceDecommissioned,
     /// Its device was disabled.
     DeviceDisabled,
     /// Its credential was revoked, or has expired.
@@ -40,6 +42,7 @@ impl Ended {
     pub fn text(self) -> &'static str {
         match self {
             Self::DeviceDeleted => "the device was deleted",
+            Self::DeviceDecommissioned => "the device was decommissioned",
             Self::DeviceDisabled => "the device was disabled",
             Self::CredentialEnded => "the credential was revoked",
             Self::UserDeleted => "the user was deleted",
@@ -52,7 +55,7 @@ impl Ended {
 
     /// Whether whoever it was will never come again.
     pub fn is_for_good(self) -> bool {
-        matches!(self, Self::DeviceDeleted | Self::UserDeleted | Self::KeyDeleted)
+        matches!(self, Self::DeviceDeleted | Self::DeviceDecommissioned | Self::UserDeleted | Self::KeyDeleted)
     }
 }
 
@@ -108,9 +111,10 @@ async fn devices(
     // A certificate that is late is past its end already: it ends with its grace, which the connection knows.
     let rows = sqlx::query!(
         r#"
-        select place as "place!", deleted as "deleted!", disabled as "disabled!", ended as "ended!",
+        select place as "place!", deleted as "deleted!", disabled as "disabled!", has_left as "has_left!", ended as "ended!",
                expires_at as "expires_at?"
           from (select u.place, u.until, d.key is null as deleted, coalesce(d.disabled, false) as disabled,
+                       d.decommissioned_at is not null as has_left,
                        u.credential is not null and (c.id is null or c.revoked_at is not null)
                        or u.authority is not null and a.id is null
                        or coalesce(a.disabled or c.expires_at <= $4 and not u.late, false)
@@ -144,6 +148,7 @@ async fn devices(
         let place = *place.ok_or_else(|| Error::Internal("a place beyond the list".into()))?;
         let verdict = match (row.deleted, row.disabled, row.ended, row.expires_at) {
             (true, ..) => Verdict::Ended(Ended::DeviceDeleted),
+            _ if row.has_left => Verdict::Ended(Ended::DeviceDecommissioned),
             (_, true, ..) => Verdict::Ended(Ended::DeviceDisabled),
             (_, _, true, _) => Verdict::Ended(Ended::CredentialEnded),
             (.., Some(at)) => Verdict::Until(at),

@@ -22,6 +22,7 @@ fn retention() -> Retention {
         connection_event_days: 30,
         connection_event_max_rows: 1_000,
         audit_days: 0,
+        decommission_rows: 5_000,
     }
 }
 
@@ -336,6 +337,7 @@ async fn what_is_kept_for_ever_is_never_dropped() {
         connection_event_days: u32::MAX,
         connection_event_max_rows: i64::MAX,
         audit_days: u32::MAX,
+        decommission_rows: 5_000,
     };
     assert_eq!(sweep(&mut conn, &always, now()).await.unwrap(), Swept::default());
     assert_eq!(next_drop(&mut conn, &always, now()).await.unwrap().map(|next| next.day), Some(day(-1)));

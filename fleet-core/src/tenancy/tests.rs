@@ -62,6 +62,8 @@ const ROWS: &str = "
                                last_asked_at)
          select gen_random_uuid(), id, $t, 'freezer-1', 'n', '', '{}', 'a', 'a', 'pending', now(), now()
            from claim where tenant_key = $t;
+    insert into decommission (id, tenant_key, device_key, device_id, labels, purge, asked_by, asked_at)
+         select gen_random_uuid(), $t, key, id, '{}', false, gen_random_uuid(), now() from device where tenant_key = $t;
     insert into dead_letter (id, tenant_key, device_id, topic, reason, payload, received_at)
          values (gen_random_uuid(), $t, 'boiler-1', 't', 'r', '', now());
     insert into idempotency (tenant_key, user_id, key, request_hash, status, answer, created_at)

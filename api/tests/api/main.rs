@@ -23,6 +23,7 @@ mod login_sessions;
 mod matrix;
 mod oidc;
 mod passwords;
+mod policies;
 mod questions;
 mod roles;
 mod sessions;

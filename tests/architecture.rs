@@ -225,6 +225,21 @@ fn rust_files(dir: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
+#[test]
+fn every_test_that_the_threat_model_names_is_there() {
+    let model = read(&root().join("docs/security.md"));
+    let quoted = model.split('`').skip(1).step_by(2);
+    let named = quoted.filter(|text| {
+        text.matches('_').count() > 2 && text.chars().all(|c| c.is_ascii_lowercase() || c == '_' || c.is_ascii_digit())
+    });
+    let named = named.collect::<BTreeSet<_>>();
+    assert!(named.len() > 50, "only {} tests are named", named.len());
+    let dirs = ["fleet-core/src", "broker/src", "api/src", "api/tests", "tests"];
+    let sources = dirs.iter().flat_map(|dir| rust_files(&root().join(dir))).map(|file| read(&file)).collect::<String>();
+    let missing = named.iter().filter(|name| !sources.contains(&format!("fn {name}("))).collect::<Vec<_>>();
+    assert!(missing.is_empty(), "in docs/security.md, but there are no such tests: {missing:?}");
+}
+
 /// Files with routes for somebody who has not logged in, or is about to have logged out.
 const BEFORE_LOGIN: [&str; 6] =
     ["auth.rs", "authorities.rs", "oidc.rs", "passwords.rs", "provision.rs", "signing_keys.rs"];

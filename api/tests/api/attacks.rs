@@ -1,6 +1,6 @@
 //! What attackers send to the HTTP door: forged tokens, paths and JSON with a twist, headers that other servers believe.
 //!
-//! Routes, parameters and members are taken from the document, so what is added is attacked too. Guessing passwords is in
+//! Routes, parameters and members are taken from the document, so what is added is attacked too, with a token and without. Guessing passwords is in
 //! [`crate::login`], stolen refresh tokens and pages of other sites in [`crate::login_sessions`], names of other tenants in
 //! [`crate::strangers`].
 
@@ -313,12 +313,10 @@ fn with_bodies(main: &Main) -> Vec<(String, String, String, Value)> {
     taking.collect()
 }
 
-#[tokio::test]
-async fn json_with_a_twist_is_refused_by_every_route() {
-    let main = Main::with_one_of_each().await;
-    let before = main.rows().await;
+/// Bodies that are no JSON object, or one that no two readers need understand alike.
+fn twists() -> Vec<Vec<u8>> {
     let nested = |open: &str, close: &str| format!("{{\"x\":{}{}}}", open.repeat(5000), close.repeat(5000));
-    let twists: Vec<Vec<u8>> = vec![
+    vec![
         b"".into(),
         b"null".into(),
         b"[]".into(),
@@ -343,11 +341,17 @@ async fn json_with_a_twist_is_refused_by_every_route() {
         b"{\"x\":/**/1}".into(),
         nested("[", "]").into_bytes(),
         nested("{\"x\":", "}").replace(":}", ":1}").into_bytes(),
-    ];
+    ]
+}
+
+#[tokio::test]
+async fn json_with_a_twist_is_refused_by_every_route() {
+    let main = Main::with_one_of_each().await;
+    let before = main.rows().await;
     for (method, pattern, path, schema) in with_bodies(&main) {
         let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
         let optional = schema["oneOf"].is_array();
-        for twist in &twists {
+        for twist in &twists() {
             // No body at all, where one may be left out, is none with a twist.
             if twist.is_empty() && optional {
                 continue;
@@ -461,4 +465,66 @@ async fn no_value_of_any_parameter_is_an_error_of_the_server() {
             is_refused(&main.api.get(&twice).await, &twice);
         }
     }
+}
+
+/// What anybody may call: method, path, parameters of the query, and the schema of the body.
+fn open_routes() -> Vec<(String, String, Vec<String>, Value)> {
+    let document: Value = serde_json::from_str(&api::openapi_json()).unwrap();
+    let guarded = tenants::routes();
+    let mut routes = Vec::new();
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            let method = method.to_uppercase();
+            if guarded.iter().any(|(known, pattern, _)| (known, pattern) == (&method, path)) {
+                continue;
+            }
+            let parameters = operation["parameters"].as_array().cloned().unwrap_or_default();
+            let asked = parameters.iter().filter(|parameter| parameter["in"] == "query");
+            let asked = asked.map(|parameter| parameter["name"].as_str().unwrap().to_owned()).collect();
+            let schema = operation["requestBody"]["content"]["application/json"]["schema"].clone();
+            routes.push((method, path.clone(), asked, schema));
+        }
+    }
+    routes
+}
+
+#[tokio::test]
+async fn what_anybody_may_call_takes_no_twist_either() {
+    let main = Main::with_one_of_each().await;
+    let claim = json!({ "name": "c", "approval": "manual", "max_devices": 1, "expires_in_s": 3600 });
+    let secret = main.api.post("/api/v1/claims", claim).await.expect(201).body["secret"].as_str().unwrap().to_owned();
+    let document: Value = serde_json::from_str(&api::openapi_json()).unwrap();
+    let mut tried = 0_u32;
+    for (method, path, _, schema) in open_routes().into_iter().filter(|route| !route.3.is_null()) {
+        let mut members = Vec::new();
+        texts(&document, &schema, &[], &mut members);
+        let nasty = members.iter().flat_map(|member| nasty().into_iter().map(|value| with(&json!({}), member, value)));
+        for body in twists().into_iter().chain(nasty.map(|body| body.to_string().into_bytes())) {
+            tried += 1;
+            // Each from an address of its own: else one would soon have to wait.
+            let address = std::net::Ipv4Addr::from(0x0a00_0000 + tried).to_string();
+            let told = format!("{method} {path} {}", String::from_utf8_lossy(&body[..body.len().min(60)]));
+            let ask = main.api.as_who(&secret, &method, &path).from(&address);
+            is_refused(&ask.raw("application/json", body).send().await, &told);
+        }
+    }
+    assert!(tried > 100, "only {tried} bodies were tried");
+}
+
+#[tokio::test]
+async fn no_parameter_of_what_anybody_may_call_is_an_error_of_the_server() {
+    let main = Main::with_one_of_each().await;
+    let mut tried = 0;
+    for (method, pattern, parameters, _) in open_routes() {
+        let (path, _) = main.filled(&pattern);
+        for parameter in &parameters {
+            let texts = nasty().into_iter().filter_map(|value| Some(escaped(value.as_str()?)));
+            for value in texts.filter(|text| text.len() < 9000).chain(["%00", "%ff", "%", "&&"].map(str::to_owned)) {
+                let reply = main.api.anonymous(&method, &format!("{path}?{parameter}={value}")).send().await;
+                assert!(reply.status.as_u16() < 500, "{method} {path}?{parameter}={value}: {}", reply.text);
+                tried += 1;
+            }
+        }
+    }
+    assert!(tried > 10, "only {tried} values were tried");
 }

@@ -185,6 +185,18 @@ async fn a_chain_that_was_made_anew_does_not_contain_what_was_noted() {
 }
 
 #[tokio::test]
+async fn an_end_that_is_cut_off_with_its_head_is_missed_by_who_noted_it() {
+    let db = TestDb::new().await;
+    fill(&db, 5).await;
+    let noted = verified(&db, None).await.head;
+    let sql =
+        "delete from audit where seq = 5; update audit_head set seq = 4, hash = (select hash from audit where seq = 4)";
+    tamper(&db, sql).await;
+    assert_eq!(verified(&db, None).await.fault, None, "nothing in the database tells: docs/reference/audit.md says so");
+    assert_eq!(verified(&db, Some(noted)).await.fault, Some(Fault::Missing { seq: 5 }));
+}
+
+#[tokio::test]
 async fn an_entry_exists_exactly_when_its_change_does() {
     let db = TestDb::new().await;
     fill(&db, 1).await;

@@ -122,6 +122,39 @@ async fn a_scoped_user_is_given_the_messages_of_devices_in_scope_only() {
 }
 
 #[tokio::test]
+async fn a_group_that_moves_takes_open_subscriptions_along() {
+    let fleet = Fleet::start().await;
+    let (near, far) = (enrol(&fleet, "near", "site/a/cell-1").await, enrol(&fleet, "far", "site/b").await);
+    let (mut from_near, mut from_far) = (fleet.connect(&near).await, fleet.connect(&far).await);
+    let connect = async |name: &str, scope: &str| {
+        let email = format!("{name}@example.com");
+        let (_, token, _) = bound(&fleet, &email, &[("viewer", group(scope))]).await;
+        let mut user = Mqtt::connect(fleet.mqtt_addr(), name, &email, &token).await.expect("a token opens the door");
+        assert!(matches!(user.subscribe("fleet/v1/main/+/telemetry").await, SubscribeReasonCode::Success(_)));
+        user
+    };
+    let (mut ada, mut bob) = (connect("ada", "site/a").await, connect("bob", "plant").await);
+    say(&mut from_far, &far, "1").await;
+    say(&mut from_near, &near, "2").await;
+    hears(&mut ada, &near, "2").await;
+    let body = Some(json!({ "path": "plant/a" }));
+    let (status, answer) = fleet.call(Method::PATCH, "/api/v1/groups/site%2Fa", body).await;
+    assert_eq!((status, &answer["moved"]["bindings"]), (StatusCode::OK, &json!(1)), "{answer}");
+    until_heard(&mut from_near, &near, &mut bob, "moved to plant").await;
+    // Whose group it is goes on hearing it, under its new name, and still nothing else.
+    while ada.message_within(Duration::from_millis(300)).await.is_some() {}
+    change(&fleet, "far", json!({ "group": "site/a" })).await;
+    tokio::time::timeout(PATIENCE, async {
+        say(&mut from_far, &far, "the old name is nobody's").await;
+        say(&mut from_near, &near, "3").await;
+        hears(&mut ada, &near, "3").await;
+        hears(&mut bob, &near, "3").await;
+    })
+    .await
+    .expect("they hear");
+}
+
+#[tokio::test]
 async fn commands_are_sent_to_devices_in_scope_only() {
     let fleet = Fleet::start().await;
     let (near, far) = (enrol(&fleet, "near", "site/a").await, enrol(&fleet, "far", "site/b").await);

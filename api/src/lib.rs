@@ -33,8 +33,8 @@ pub use state::{App, Health};
 use problem::Problem;
 use routes::{
     access, api_keys, audit, auth, authorities, bindings, certificates, claims, connections, credentials, dead_letters,
-    decommissions, devices, docs, import, login_failures, login_sessions, operations, passwords, provision, roles,
-    sessions, signing_keys, telemetry, tenants, totp, users,
+    decommissions, devices, docs, groups, import, login_failures, login_sessions, operations, passwords, provision,
+    roles, sessions, signing_keys, telemetry, tenants, totp, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -63,6 +63,8 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(passwords::issue_reset))
         .routes(routes!(devices::enrol, devices::list))
         .routes(routes!(import::import))
+        .routes(routes!(groups::create, groups::list))
+        .routes(routes!(groups::read, groups::relocate, groups::delete))
         .routes(routes!(devices::read, devices::change, devices::delete))
         .routes(routes!(decommissions::begin))
         .routes(routes!(decommissions::list))
@@ -168,6 +170,7 @@ pub fn refusal(status: u16, kind: &'static str, detail: impl Into<String>) -> Re
     tags(
         (name = "auth", description = "Logging in"),
         (name = "devices", description = "What the fleet is made of"),
+        (name = "groups", description = "Where devices belong"),
         (name = "credentials", description = "By which devices prove who they are"),
         (name = "authorities", description = "Who signs the certificates of devices, and vouches for them"),
         (name = "claims", description = "By which devices ask to come in"),

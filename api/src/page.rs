@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use fleet_core::device::GroupPath;
 use fleet_core::id::{
     ApiKeyId, BindingId, ClaimId, ClaimRequestId, ConnectionEventId, ConnectionId, DeadLetterId, DecommissionId,
     DeviceId, RoleId, SessionId, TenantId, UserId,
@@ -78,6 +79,8 @@ pub(crate) enum Cursor {
     ConnectionEvent(ConnectionEventId),
     /// In the list of tenants.
     Tenant(TenantId),
+    /// In the list of groups.
+    Group(GroupPath),
     /// In the audit.
     Audit(i64),
     /// In the list of claims.
@@ -103,6 +106,7 @@ impl Cursor {
             Self::Connection(id) => format!("c{id}"),
             Self::ConnectionEvent(id) => format!("e{id}"),
             Self::Tenant(id) => format!("t{id}"),
+            Self::Group(path) => format!("g{path}"),
             Self::Audit(seq) => format!("a{seq}"),
             Self::Claim(id) => format!("m{id}"),
             Self::ClaimRequest(id) => format!("q{id}"),
@@ -126,6 +130,7 @@ impl Cursor {
             "c" => key.parse().ok().map(Self::Connection),
             "e" => key.parse().ok().map(Self::ConnectionEvent),
             "t" => key.parse().ok().map(Self::Tenant),
+            "g" => key.parse().ok().map(Self::Group),
             "a" => key.parse().ok().map(Self::Audit),
             "m" => key.parse().ok().map(Self::Claim),
             "q" => key.parse().ok().map(Self::ClaimRequest),
@@ -198,6 +203,7 @@ keys!(
     ConnectionEventId: ConnectionEvent,
     TenantId: Tenant,
     DecommissionId: Decommission,
+    GroupPath: Group,
     i64: Audit,
     ClaimId: Claim,
     ClaimRequestId: ClaimRequest
@@ -231,6 +237,7 @@ mod tests {
             let device = name.parse().ok().map(Cursor::Device);
             let role = name.parse().ok().map(Cursor::Role);
             let tenant = name.parse().ok().map(Cursor::Tenant);
+            let group = format!("{name}/{name}").parse().ok().map(Cursor::Group);
             let id = Uuid::from_u128(id);
             let ids = [
                 Cursor::DeadLetter(id.into()),
@@ -244,7 +251,7 @@ mod tests {
                 Cursor::ClaimRequest(id.into()),
                 Cursor::Binding(id.into()),
             ];
-            for cursor in ids.into_iter().chain([Cursor::Reading { ts_ms, seq }]).chain(device).chain(role).chain(tenant) {
+            for cursor in ids.into_iter().chain([Cursor::Reading { ts_ms, seq }]).chain(device).chain(role).chain(tenant).chain(group) {
                 prop_assert_eq!(cursor.print().parse(), Ok(cursor));
             }
         }

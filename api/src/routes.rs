@@ -14,6 +14,7 @@ pub(crate) mod dead_letters;
 pub(crate) mod decommissions;
 pub(crate) mod devices;
 pub(crate) mod docs;
+pub(crate) mod groups;
 pub(crate) mod import;
 pub(crate) mod login_failures;
 pub(crate) mod login_sessions;

@@ -240,6 +240,7 @@ pub struct Provisioning {
     pub max_import_rows: usize,
     pub max_import_bytes: usize,
     pub max_children: usize,
+    pub max_groups: usize,
     pub max_claims: usize,
     pub max_claim_s: u64,
     pub max_claim_devices: u32,

@@ -98,6 +98,15 @@ impl GroupPath {
     pub fn is_within(&self, group: &Self) -> bool {
         self.0.strip_prefix(group.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     }
+
+    /// Where it is when `from` has become `to`: what is not within `from` stays.
+    ///
+    /// # Errors
+    /// The path would be too long.
+    pub fn moved(&self, from: &Self, to: &Self) -> Result<Self> {
+        let rest = self.0.strip_prefix(from.as_str()).filter(|_| self.is_within(from));
+        rest.map_or_else(|| Ok(self.clone()), |rest| Self::try_from(format!("{to}{rest}")))
+    }
 }
 
 /// What people say about a device: at most [`MAX_LABELS`] keys, each with one value.

@@ -1,6 +1,7 @@
 //! The one error of this crate. The doors translate it: `api/src/problem.rs` to a status code,
 //! the broker to a reason code.
 
+use crate::device::GroupPath;
 use crate::id::{
     ApiKeyId, AuthorityId, BadId, BindingId, ClaimId, ClaimRequestId, CredentialId, DecommissionId, DeviceId,
     LoginSessionId, RoleId, SessionId, TenantId, UserId,
@@ -142,6 +143,21 @@ pub enum Error {
     /// Somebody has decided already.
     #[error("request {0} is decided already")]
     Decided(ClaimRequestId),
+    /// No such group that the caller may see.
+    #[error("group {0} does not exist")]
+    NoSuchGroup(GroupPath),
+    /// There is something at this path already.
+    #[error("there is a group {0} already, or something is said about it")]
+    GroupExists(GroupPath),
+    /// It is not empty.
+    #[error("group {0} is not empty: there are devices or groups in it, or bindings, API keys or claims are about it")]
+    GroupInUse(GroupPath),
+    /// The caller may not change every device that can be in it.
+    #[error("group {0} is beyond what your roles reach: expected one within their scope")]
+    GroupOutOfScope(GroupPath),
+    /// Whoever moves the group could do more with its devices then.
+    #[error("the move would give you more: expected a place where you have no right ({0}) that you have not now")]
+    GainsByMove(&'static str),
     /// A tenant has as many as its bound allows.
     #[error("there are {most} {what} already: expected at most that many")]
     TooMany {

@@ -7,6 +7,7 @@
 //! | a device, its lifecycle and labels | [`device`] |
 //! | secrets by which devices ask to come in, and what they ask | [`claim`] |
 //! | gateways, and the children they act for | [`gateway`] |
+//! | groups of devices, a tree of paths | [`group`] |
 //! | many devices at once, from a file | [`import`] |
 //! | a device's tokens and certificates | [`credential`], [`certificate`], [`csr`] |
 //! | who may vouch for devices, and signs their certificates | [`authority`] |
@@ -66,6 +67,7 @@ pub mod error;
 pub mod explain;
 mod filter_set;
 pub mod gateway;
+pub mod group;
 pub mod id;
 pub mod idempotency;
 pub mod import;

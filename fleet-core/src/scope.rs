@@ -56,6 +56,27 @@ impl Scope {
             Self::Selector { selector } => Extent::Any(selector.alternatives.clone()),
         }
     }
+
+    /// Whether it is about this group, or one below it, by name.
+    pub fn names(&self, path: &GroupPath) -> bool {
+        match self {
+            Self::Tenant => false,
+            Self::Group { group } => group.is_within(path),
+            Self::Selector { selector } => selector.columns(path).is_ok_and(|columns| !columns.is_empty()),
+        }
+    }
+
+    /// It, when the group `from` has become `to`.
+    ///
+    /// # Errors
+    /// It would be too long.
+    pub fn moved(&self, from: &GroupPath, to: &GroupPath) -> Result<Self> {
+        Ok(match self {
+            Self::Tenant => Self::Tenant,
+            Self::Group { group } => Self::Group { group: group.moved(from, to)? },
+            Self::Selector { selector } => Self::Selector { selector: selector.moved(from, to)? },
+        })
+    }
 }
 
 /// Picks devices by what people say of them: `type:freezer AND NOT (label.site:oslo OR group:site/line-3)`.
@@ -73,6 +94,51 @@ impl Selector {
     /// The devices it picks.
     pub fn extent(&self) -> Extent {
         Extent::Any(self.alternatives.clone())
+    }
+}
+
+impl Selector {
+    /// Where this group, or one below it, is named in the text. What is compiled forgets what says nothing more.
+    fn columns(&self, from: &GroupPath) -> Result<Vec<usize>> {
+        let query = Query::parse(&self.text, &SCHEMA, DateTime::UNIX_EPOCH)?;
+        let mut columns = Vec::new();
+        groups(query.expression(), &mut |term, path| {
+            if path.parse::<GroupPath>().is_ok_and(|path| path.is_within(from)) {
+                columns.push(term.column - 1);
+            }
+        });
+        columns.sort_unstable();
+        Ok(columns)
+    }
+
+    /// It, when the group `from` has become `to`; all else stays as it was written.
+    fn moved(&self, from: &GroupPath, to: &GroupPath) -> Result<Self> {
+        let mut text = self.text.chars().collect::<Vec<_>>();
+        // From behind, so that what was read in front of it stays where it is.
+        for column in self.columns(from)?.into_iter().rev() {
+            let rest = text[column..].iter().collect::<String>();
+            let value = rest.strip_prefix("group:").unwrap_or(&rest).trim_start().trim_start_matches('"');
+            let at = column + rest[..rest.len() - value.len()].chars().count();
+            if !value.starts_with(from.as_str()) {
+                return Err(Error::Invalid(format!("the selector {:?} cannot be changed with its group", self.text)));
+            }
+            text.splice(at..at + from.as_str().len(), to.as_str().chars());
+        }
+        Self::try_from(text.into_iter().collect::<String>())
+    }
+}
+
+/// The groups that an expression names.
+fn groups(expression: &Expression, found: &mut impl FnMut(&Term, &str)) {
+    match expression {
+        Expression::All => {}
+        Expression::Not(inner) => groups(inner, found),
+        Expression::And(parts) | Expression::Or(parts) => parts.iter().for_each(|part| groups(part, found)),
+        Expression::Term(term) => {
+            if let Test::Within(path) = &term.test {
+                found(term, path);
+            }
+        }
     }
 }
 
@@ -212,6 +278,18 @@ impl Conjunction {
             && !self.not.iter().any(|not| not.contains(device))
     }
 
+    /// See [`Extent::before_move`]; `None`: it holds for nothing that comes.
+    fn before_move(&self, from: &GroupPath, to: &GroupPath) -> Option<Self> {
+        let group = match &self.group {
+            None => from.clone(),
+            Some(group) if to.is_within(group) => from.clone(),
+            Some(group) if group.is_within(to) => group.moved(to, from).ok()?,
+            Some(_) => return None,
+        };
+        let not = self.not.iter().filter_map(|not| not.before_move(from, to)).collect();
+        Some(Self { group: Some(group), not, ..self.clone() })
+    }
+
     /// What holds when both do; `None` when they never do.
     fn and(&self, other: &Self) -> Option<Self> {
         let group = match (&self.group, &other.group) {
@@ -321,6 +399,15 @@ impl Extent {
         }
     }
 
+    /// Which devices within the group `from`, as they are before, will be in it when `from` has become `to`.
+    #[must_use]
+    pub fn before_move(&self, from: &GroupPath, to: &GroupPath) -> Self {
+        match self {
+            Self::Everything => Self::Everything,
+            Self::Any(some) => Self::Any(some.iter().filter_map(|one| one.before_move(from, to)).collect()),
+        }
+    }
+
     /// What the database is told, in the setting `muster.scope` of a transaction: nothing for everything, else a JSON array that
     /// the SQL function `in_scope` reads.
     pub fn setting(&self) -> String {
@@ -396,6 +483,38 @@ pub(crate) mod tests {
                 prop_assert!(!one.covers(&other) || !other.contains(device) || one.contains(device));
             }
             prop_assert!(one.covers(&both) && either.covers(&one));
+        }
+
+        #[test]
+        fn what_is_in_it_after_a_move_was_looked_up_before(
+            extent in extent(), from in group(), to in group(), below in select(vec!["", "/a", "/b", "/c/d"]), device in attributes(),
+        ) {
+            prop_assume!(!to.is_within(&from));
+            let at = |place: &GroupPath| Some(format!("{place}{below}").parse().unwrap());
+            let after = Attributes { group: at(&to), ..device.clone() };
+            let device = Attributes { group: at(&from), ..device };
+            prop_assert_eq!(extent.before_move(&from, &to).contains(&device), extent.contains(&after));
+        }
+
+        #[test]
+        fn a_selector_moves_with_the_groups_that_it_names(
+            groups in vec(group(), 1..4), form in 0..3_usize, from in group(), device in attributes(),
+        ) {
+            let to: GroupPath = "z/new-place".parse().unwrap();
+            let text = match form {
+                0 => groups.iter().map(|group| format!("group:{group}")).collect::<Vec<_>>().join(" OR "),
+                1 => groups.iter().map(|group| format!("NOT group:\"{group}\"")).collect::<Vec<_>>().join(" AND "),
+                _ => format!("type:pump AND group:({})", groups.iter().map(ToString::to_string).collect::<Vec<_>>().join(" OR ")),
+            };
+            let scope = Scope::Selector { selector: text.parse().unwrap() };
+            prop_assert_eq!(scope.names(&from), groups.iter().any(|group| group.is_within(&from)));
+            let moved = device.group.as_ref().map(|group| group.moved(&from, &to).unwrap());
+            let after = Attributes { group: moved, ..device.clone() };
+            // What is nowhere near stays as it was: a group above the old place no longer holds what left it.
+            prop_assume!(!groups.iter().any(|group| from.is_within(group) && from != *group));
+            let new = scope.moved(&from, &to).unwrap();
+            prop_assert_eq!(new.extent().contains(&after), scope.extent().contains(&device), "{:?}", new);
+            prop_assert!(!new.names(&from));
         }
 
         #[test]

@@ -62,6 +62,12 @@ pub async fn enter(db: &mut PgConnection, tenant: TenantKey) -> Result<()> {
     Ok(())
 }
 
+/// Goes on with all of the tenant, in a transaction whose caller was found to reach all that is about to be changed.
+pub(crate) async fn widen(db: &mut PgConnection) -> Result<()> {
+    sqlx::query_scalar!("select set_config('muster.scope', '', true)").fetch_one(db).await?;
+    Ok(())
+}
+
 /// The tenant of that name.
 pub async fn find(db: &mut PgConnection, id: &TenantId) -> Result<Tenant> {
     let tenant = sqlx::query_as!(

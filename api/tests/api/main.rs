@@ -16,6 +16,7 @@ mod decommissions;
 mod devices;
 mod document;
 mod door;
+mod groups;
 mod harness;
 mod import;
 mod login;

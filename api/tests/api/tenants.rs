@@ -28,6 +28,7 @@ pub(crate) fn body(method: &str, path: &str) -> Value {
         ("POST", "/api/v1/tenants") => {
             json!({ "id": "acme", "admin": { "email": "eve@example.com", "password": "correct horse battery" } })
         }
+        ("POST", "/api/v1/groups") | ("PATCH", "/api/v1/groups/{path}") => json!({ "path": "hall" }),
         ("POST", "/api/v1/roles") => json!({ "id": "orders" }),
         ("PUT", "/api/v1/roles/{id}") => json!({ "permissions": ["devices:read"], "topic_rules": [] }),
         ("POST", "/api/v1/authorities") => json!({ "name": "ca", "kind": "built-in" }),
@@ -50,9 +51,10 @@ fn csr() -> String {
 }
 
 /// Words that no stranger may read.
-const MARKS: [&str; 8] = [
+const MARKS: [&str; 9] = [
     "claim-of-main",
     "group-of-main",
+    "hall-of-main",
     "boiler-1",
     "ada@example.com",
     "orders",
@@ -80,6 +82,7 @@ impl Main {
         let secret = claim.body["secret"].as_str().unwrap();
         api.as_who(secret, "POST", "/api/v1/provision").json(&asked).send().await.expect(202);
         let asked = api.get("/api/v1/claims/requests").await.expect(200);
+        api.post("/api/v1/groups", json!({ "path": "hall-of-main" })).await.expect(201);
         let session = Uuid::now_v7();
         let sql = format!(
             "insert into session (id, name, tenant_key, device_key, client_id, expiry_s, connected, since, created_at)
@@ -104,6 +107,7 @@ impl Main {
             ("credentials", text(&enrolled["credential"]["id"]), nobodys("crd")),
             ("certificates", text(&certificate.body["id"]), nobodys("crd")),
             ("authorities", text(&authority.body["id"]), nobodys("aut")),
+            ("groups", "hall-of-main".to_owned(), "hall-of-nobody".to_owned()),
             ("tenants", "main".to_owned(), "nope".to_owned()),
             // Far enough that a stranger, whose audit has a first entry too, has none of this number.
             ("audit", "6".to_owned(), "999999".to_owned()),

@@ -107,7 +107,7 @@ impl Main {
             ("credentials", text(&enrolled["credential"]["id"]), nobodys("crd")),
             ("certificates", text(&certificate.body["id"]), nobodys("crd")),
             ("authorities", text(&authority.body["id"]), nobodys("aut")),
-            ("groups", "hall-of-main".to_owned(), "hall-of-nobody".to_owned()),
+            ("groups", "hall-of-main".to_owned(), "hall-of-none".to_owned()),
             ("tenants", "main".to_owned(), "nope".to_owned()),
             // Far enough that a stranger, whose audit has a first entry too, has none of this number.
             ("audit", "6".to_owned(), "999999".to_owned()),

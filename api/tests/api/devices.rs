@@ -14,7 +14,7 @@ async fn a_device_is_enrolled_read_changed_and_deleted() {
     assert_eq!(enrolled.header("location"), "/api/v1/devices/boiler-1");
     let (device, credential) = (&enrolled.body["device"], &enrolled.body["credential"]);
     let expected = json!({
-        "id": "boiler-1", "type": "boiler", "group": "site/line-3", "labels": {"a": "1"}, "gateway": "gw", "disabled": false,
+        "id": "boiler-1", "type": "boiler", "group": "site/line-3", "labels": {"a": "1"}, "gateway": "gw", "decommissioned_at": null, "disabled": false,
         "status": {
             "state": "never_seen", "since": null, "sleeping_until": null, "reason": null, "last_seen_at": null,
             "boot_id": null, "firmware": null, "received": 0, "clamped": 0,

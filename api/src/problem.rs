@@ -254,7 +254,7 @@ impl From<Error> for Problem {
             Error::NoSuchRole(_) => (404, "no-such-role"),
             Error::NoSuchBinding(_) => (404, "no-such-binding"),
             Error::BindingExists => (409, "binding-exists"),
-            Error::Exceeds(_) | Error::Above | Error::GainsByMove(_) => (403, "exceeds-own-rights"),
+            Error::Exceeds(_) | Error::Above | Error::Gains(_) => (403, "exceeds-own-rights"),
             Error::NoSuchUser(_) => (404, "no-such-user"),
             Error::NoSuchApiKey(_) => (404, "no-such-api-key"),
             Error::RoleExists(_) => (409, "role-exists"),

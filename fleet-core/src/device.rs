@@ -19,6 +19,7 @@ use crate::error::{Error, OrOn, Result, check_version};
 use crate::id::{DeviceId, DeviceKey, TenantKey, is_name};
 use crate::query::Query;
 use crate::revocation;
+use crate::scope::Attributes;
 use crate::selector::DeviceColumns;
 
 /// Longest group path, in bytes.
@@ -192,6 +193,13 @@ pub struct Device {
     pub created_at: DateTime<Utc>,
     /// When it was last changed; its readings and its status do not count.
     pub updated_at: DateTime<Utc>,
+}
+
+impl Device {
+    /// What scopes ask about it.
+    pub fn attributes(&self) -> Attributes {
+        Attributes { group: self.group.clone(), kind: self.kind.clone(), labels: self.labels.clone() }
+    }
 }
 
 /// A device to be enrolled.

@@ -155,9 +155,9 @@ pub enum Error {
     /// The caller may not change every device that can be in it.
     #[error("group {0} is beyond what your roles reach: expected one within their scope")]
     GroupOutOfScope(GroupPath),
-    /// Whoever moves the group could do more with its devices then.
-    #[error("the move would give you more: expected a place where you have no right ({0}) that you have not now")]
-    GainsByMove(&'static str),
+    /// Whoever moves a group, or changes a device, could do more with it then.
+    #[error("the change would give you more: expected one after which you have no right ({0}) that you have not now")]
+    Gains(&'static str),
     /// A tenant has as many as its bound allows.
     #[error("there are {most} {what} already: expected at most that many")]
     TooMany {

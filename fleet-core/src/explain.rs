@@ -110,7 +110,7 @@ pub async fn principal(
 /// What is known of a device that somebody asks about; `None` when there is no such device.
 pub async fn attributes(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Result<Option<Attributes>> {
     match crate::device::find(db, tenant, id).await {
-        Ok(device) => Ok(Some(Attributes { group: device.group, kind: device.kind, labels: device.labels })),
+        Ok(device) => Ok(Some(device.attributes())),
         Err(crate::Error::NoSuchDevice(_)) => Ok(None),
         Err(error) => Err(error),
     }

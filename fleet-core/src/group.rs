@@ -198,7 +198,7 @@ fn gains_nothing(by: &Principal, from: &GroupPath, to: &GroupPath) -> Result<()>
     for permission in Permission::ALL {
         let extent = by.extent(*permission);
         if !extent.covers(&extent.before_move(from, to)) {
-            return Err(Error::GainsByMove(permission.name()));
+            return Err(Error::Gains(permission.name()));
         }
     }
     // What roles say of topics beside their permissions is within the scope of the grant.
@@ -206,7 +206,7 @@ fn gains_nothing(by: &Principal, from: &GroupPath, to: &GroupPath) -> Result<()>
         let same = by.grants().iter().filter(|other| other.role == grant.role);
         let all = same.fold(Extent::NOTHING, |sum, other| sum.or(&other.extent));
         if !all.covers(&grant.extent.before_move(from, to)) {
-            return Err(Error::GainsByMove("of a role's topic rules"));
+            return Err(Error::Gains("of a role's topic rules"));
         }
     }
     Ok(())

@@ -16,7 +16,7 @@ use crate::id::{
     ApiKeyId, AuthorityId, BindingId, ClaimId, CredentialId, DeviceId, DeviceKey, LoginSessionId, RoleId, TenantId,
     TenantKey, UserId,
 };
-use crate::scope::Extent;
+use crate::scope::{Attributes, Extent};
 use crate::topic_rule::{Action, Effect, Reach, RuleSet, Ruled, TopicPolicy, TopicRule};
 pub use crate::topic_rule::{Guard, TopicRules};
 
@@ -466,6 +466,17 @@ impl Grants {
             About::Devices => !extent.is_nothing(),
             About::Tenant => extent.is_everything(),
         }
+    }
+
+    /// A right over a device that is held once the device is as `after`, and not while it is as `before`.
+    pub fn gained(&self, before: &Attributes, after: &Attributes) -> Option<&'static str> {
+        let gains = |extent: &Extent| extent.contains(after) && !extent.contains(before);
+        let gained = Permission::ALL.iter().find(|permission| gains(&self.extent(**permission)));
+        // What roles say of topics beside their permissions is within the scope of the grant.
+        let rules = |grant: &&Grant| !grant.role.own_rules().is_empty() && gains(&grant.extent);
+        let has = |grant: &Grant| self.iter().any(|other| other.role == grant.role && other.extent.contains(before));
+        let by_rules = || self.iter().filter(rules).any(|grant| !has(grant)).then_some("of a role's topic rules");
+        gained.map(|permission| permission.name()).or_else(by_rules)
     }
 
     /// Whether they are about all devices, whatever they allow.

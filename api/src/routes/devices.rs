@@ -435,7 +435,8 @@ pub(crate) struct Change {
 
 /// Change a device
 ///
-/// A JSON merge patch. With If-Match, only if nobody has changed the device since.
+/// A JSON merge patch. With If-Match, only if nobody has changed the device since. It may not leave the caller's scope, nor get to where
+/// the caller could do more with it.
 #[utoipa::path(
     patch, path = "/api/v1/devices/{id}", tag = "devices",
     request_body(content = Change, content_type = "application/merge-patch+json"),
@@ -446,6 +447,7 @@ pub(crate) struct Change {
     security(("bearer" = ["devices:write"])),
     responses(
         (status = 200, description = "The device as it is now.", body = DeviceBody, headers(("ETag" = String, description = "For If-Match."))),
+        (status = 403, description = "It would leave the caller's scope, or the caller would gain a right over it.", body = Document, content_type = "application/problem+json"),
         (status = 404, description = "There is no such device.", body = Document, content_type = "application/problem+json"),
         (status = 412, description = "It has changed since.", body = Document, content_type = "application/problem+json"),
         (status = 422, description = "The gateway does not exist or cannot be one.", body = Document, content_type = "application/problem+json"),
@@ -463,6 +465,9 @@ pub(crate) async fn change(
     let mut tx = caller.change(&app).await?;
     let now = app.clock.now();
     let (old, new) = device::update(&mut tx, caller.tenant, &id, &patch, &conditions.versions(), now).await?;
+    if let Some(gained) = caller.principal().grants().gained(&old.attributes(), &new.attributes()) {
+        return Err(fleet_core::Error::Gains(gained).into());
+    }
     check_room(&mut tx, &caller, patch.gateway.flatten().as_ref(), &app).await?;
     let body = with_status(&mut tx, new.clone()).await?;
     tx.commit(Entry::of("device.update", &id).on(&id).before(&known(old)).after(&known(new))).await?;

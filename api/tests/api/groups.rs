@@ -182,16 +182,27 @@ async fn nobody_moves_beyond_their_scope_or_gains_by_a_move() {
     let bob = bound(&api, "bob@example.com", &[("mover", group("site")), ("operator", group("site/line-1"))]).await;
     moved(&api, &bob, "site/line-2", "site/line-1/b").await.problem(403, "exceeds-own-rights");
     moved(&api, &bob, "site/line-2", "site/line-4").await.expect(200);
+    // Nor by bringing one device there.
+    api.post("/api/v1/devices", json!({ "id": "lone", "group": "site/line-7" })).await.expect(201);
+    let change = |token: &str, change: Value| {
+        let patch = api.as_who(token, "PATCH", "/api/v1/devices/lone");
+        patch.raw("application/merge-patch+json", change.to_string()).send()
+    };
+    change(&bob, json!({ "group": "site/line-1" })).await.problem(403, "exceeds-own-rights");
+    change(&bob, json!({ "group": "site/line-8" })).await.expect(200);
     moved(&api, &bob, "site/line-1/cell-3", "site/line-4/cell-3").await.expect(200);
     // What is told apart by its type is not told apart by its place.
     let fans = json!({ "kind": "selector", "selector": "type:fan" });
     let eve = bound(&api, "eve@example.com", &[("mover", group("site")), ("operator", fans)]).await;
     moved(&api, &eve, "site/line-4", "site/line-5").await.expect(200);
+    change(&eve, json!({ "type": "fan" })).await.problem(403, "exceeds-own-rights");
+    change(&eve, json!({ "type": "pump", "group": "site/line-5" })).await.expect(200);
     // Nor does a rule about topics.
     let topic_rule = json!({ "effect": "allow", "action": "publish", "filter": "fleet/v1/{tenant}/+/commands/#" });
     api.post("/api/v1/roles", json!({ "id": "sender", "topic_rules": [topic_rule] })).await.expect(201);
     let sam = bound(&api, "sam@example.com", &[("mover", group("site")), ("sender", group("site/line-6"))]).await;
     moved(&api, &sam, "site/line-5", "site/line-6/b").await.problem(403, "exceeds-own-rights");
+    change(&sam, json!({ "group": "site/line-6" })).await.problem(403, "exceeds-own-rights");
     // Who may only read moves nothing.
     let val = bound(&api, "val@example.com", &[("viewer", json!({ "kind": "tenant" }))]).await;
     moved(&api, &val, "site", "plant").await.problem(403, "forbidden");

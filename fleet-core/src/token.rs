@@ -410,6 +410,7 @@ mod tests {
         let (one, two) = tokio::join!(start(), start());
         // A process that does not know the other's key yet reads the keys again, at most once a second.
         let later = from_ms(NOON + 1000);
+        clock.set(later);
         for (signer, verifier) in [(&one, &two), (&two, &one)] {
             let token = signer.sign(&login).unwrap().token;
             principal(&mut *conn(&db).await, verifier, token.expose(), later).await.unwrap();

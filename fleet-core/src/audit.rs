@@ -19,7 +19,6 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
 
-pub use chain::hex;
 pub use chain::{Chain, EXPIRE_ROWS, Fault, Head, Report, Row, Trailer, expire, rows, verify};
 pub use list::{Filter, MAX_PAGE, find, page};
 
@@ -233,7 +232,7 @@ fn bounded(body: &Value, recorded: &mut Recorded) -> String {
         return text;
     }
     recorded.cut += 1;
-    json!({ "cut": true, "bytes": text.len(), "sha256": chain::hex(&Sha256::digest(&text)) }).to_string()
+    json!({ "cut": true, "bytes": text.len(), "sha256": hex::encode(Sha256::digest(&text)) }).to_string()
 }
 
 fn short(text: String) -> String {

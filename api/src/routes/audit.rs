@@ -110,8 +110,8 @@ impl EntryBody {
             address: row.address,
             request_id: row.request_id,
             user_agent: row.user_agent,
-            prev_hash: audit::hex(&row.prev_hash),
-            hash: audit::hex(&row.hash),
+            prev_hash: hex::encode(row.prev_hash),
+            hash: hex::encode(row.hash),
         }
     }
 }
@@ -415,8 +415,8 @@ fn csv_line(text: &mut String, row: &Row) {
         row.address.as_ref(),
         row.request_id.as_ref(),
         row.user_agent.as_ref(),
-        Some(&audit::hex(&row.prev_hash)),
-        Some(&audit::hex(&row.hash)),
+        Some(&hex::encode(row.prev_hash)),
+        Some(&hex::encode(row.hash)),
     ]
     .map(|cell| cell.map(|cell| quoted(cell)).unwrap_or_default());
     text.push_str(&cells.join(","));

@@ -70,10 +70,10 @@ fn serialize_at<S: Serializer>(at: &DateTime<Utc>, serializer: S) -> Result<S::O
 }
 
 mod as_hex {
-    use super::{Deserialize, Deserializer, Serializer, hex, unhex};
+    use super::{Deserialize, Deserializer, Serializer, unhex};
 
     pub(super) fn serialize<S: Serializer>(hash: &[u8; 32], serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&hex(hash))
+        serializer.serialize_str(&hex::encode(hash))
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[u8; 32], D::Error> {
@@ -82,27 +82,17 @@ mod as_hex {
     }
 }
 
-/// Bytes in hexadecimal, as hashes are told.
-pub fn hex(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]).map(|half| char::from(DIGITS[usize::from(half)])).collect()
-}
-
+/// The bytes of a hash as this module writes it: the 64 digits in small letters.
 fn unhex(text: &str) -> Option<[u8; 32]> {
     let mut hash = [0; 32];
-    if text.len() != 64 || !text.bytes().all(|digit| digit.is_ascii_digit() || (b'a'..=b'f').contains(&digit)) {
-        return None;
-    }
-    for (byte, digits) in hash.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
-    }
-    Some(hash)
+    hex::decode_to_slice(text, &mut hash).ok()?;
+    (hex::encode(hash) == text).then_some(hash)
 }
 
 impl Row {
     /// The hash that this row must have: SHA-256 of the format's name and of each field with its length before it.
     pub fn seal(&self) -> [u8; 32] {
-        let (prev_hash, seq, at) = (hex(&self.prev_hash), self.seq.to_string(), moment(self.at));
+        let (prev_hash, seq, at) = (hex::encode(self.prev_hash), self.seq.to_string(), moment(self.at));
         let fields = [
             Some(FORMAT),
             Some(&prev_hash),
@@ -154,7 +144,7 @@ impl Head {
 
 impl std::fmt::Display for Head {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}:{}", self.seq, hex(&self.hash))
+        write!(f, "{}:{}", self.seq, hex::encode(self.hash))
     }
 }
 

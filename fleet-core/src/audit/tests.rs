@@ -108,7 +108,7 @@ fn seal_by_the_book(line: &Value) -> String {
             }
         }
     }
-    hex(&Sha256::digest(bytes))
+    hex::encode(Sha256::digest(bytes))
 }
 
 #[tokio::test]
@@ -254,7 +254,7 @@ async fn a_body_that_is_too_long_leaves_its_hash() {
     assert_eq!(row.resource_id.len(), MAX_TEXT_CHARS);
     let left: Value = serde_json::from_str(&row.after.unwrap()).unwrap();
     let text = long.to_string();
-    assert_eq!(left, json!({ "cut": true, "bytes": text.len(), "sha256": hex(&Sha256::digest(text)) }));
+    assert_eq!(left, json!({ "cut": true, "bytes": text.len(), "sha256": hex::encode(Sha256::digest(text)) }));
     assert_eq!(verified(&db, None).await.fault, None);
 }
 

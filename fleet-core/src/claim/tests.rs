@@ -48,13 +48,9 @@ fn asked(id: &str, more: impl Into<serde_json::Value>) -> Request {
     let fields = body.as_object_mut().unwrap();
     fields.extend(more.into().as_object().unwrap().clone());
     if !fields.contains_key("public_key") {
-        fields.entry("token_sha256").or_insert_with(|| json!(hex(&Sha256::digest(TOKEN))));
+        fields.entry("token_sha256").or_insert_with(|| json!(hex::encode(Sha256::digest(TOKEN))));
     }
     Request::decode(body.to_string().as_bytes()).unwrap()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    format!("{:x}", bytes::Bytes::copy_from_slice(bytes))
 }
 
 async fn ask_at(db: &TestDb, by: &Claimant, request: &Request, at_ms: i64) -> Answer {
@@ -181,7 +177,7 @@ async fn what_cannot_be_granted_is_told() {
     rejected(ask(&db, &by, &asked("freezer-0", json!({}))).await, Code::Exists);
 
     assert_eq!(ask(&db, &by, &asked("freezer-1", json!({}))).await, accepted("freezer-1", true));
-    let other_token = hex(&Sha256::digest("another"));
+    let other_token = hex::encode(Sha256::digest("another"));
     rejected(ask(&db, &by, &asked("freezer-1", json!({ "token_sha256": other_token }))).await, Code::NonceTaken);
     let other_nonce = asked("freezer-1", json!({ "nonce": "another-nonce-00" }));
     rejected(ask(&db, &by, &other_nonce).await, Code::Exists);
@@ -299,7 +295,7 @@ async fn of_two_who_want_one_id_one_gets_it() {
     let (_, _, one) = made(&db, &new_claim()).await;
     let (_, _, other) = made(&db, &new_claim()).await;
     let mine = asked("freezer-1", json!({}));
-    let theirs = asked("freezer-1", json!({ "token_sha256": hex(&Sha256::digest("theirs")) }));
+    let theirs = asked("freezer-1", json!({ "token_sha256": hex::encode(Sha256::digest("theirs")) }));
     let (first, second, third) = tokio::join!(ask(&db, &one, &mine), ask(&db, &other, &theirs), ask(&db, &one, &mine));
     let outcomes = [&first, &second, &third].map(Answer::outcome);
     assert_eq!(outcomes.iter().filter(|outcome| **outcome == "accepted").count(), 1, "{outcomes:?}");

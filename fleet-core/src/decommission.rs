@@ -25,6 +25,7 @@ use crate::control::{self, Answer, Filter, Request};
 use crate::device::{self, Device, DeviceType, GroupPath};
 use crate::error::{Error, Result};
 use crate::id::{AuthorityId, DecommissionId, DeviceId, DeviceKey, TenantId, TenantKey, UserId};
+use crate::topic::ROOT;
 use crate::{credential, revocation};
 
 /// Most reports on a page.
@@ -304,7 +305,7 @@ async fn is_any_alive(pool: &PgPool) -> Result<bool> {
 
 /// The topics of a device begin with that.
 fn below(tenant: &TenantId, device: &DeviceId) -> String {
-    format!("fleet/v1/{tenant}/{device}/")
+    format!("{ROOT}{tenant}/{device}/")
 }
 
 /// What one transaction did.
@@ -329,7 +330,7 @@ async fn step(db: &mut PgConnection, id: DecommissionId, rows: u32, now: DateTim
             return Ok(Step::Deleted(gone));
         }
     }
-    if purge && part::delete_device(&mut tx, &target, now).await? > 0 {
+    if purge && Part::Device.delete(&mut tx, &target, rows, now).await? > 0 {
         note(&mut tx, id, Part::Device, 1).await?;
     }
     let left = part::count(&mut tx, &target).await?;

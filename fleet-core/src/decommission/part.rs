@@ -37,7 +37,7 @@ pub(super) enum Part {
     ConnectionEvent,
     ClaimRequest,
     Credential,
-    /// Last: it holds the name until nothing else is left.
+    /// In the last transaction: it holds the name until nothing else is left.
     Device,
 }
 
@@ -247,7 +247,7 @@ async fn telemetry(db: &mut PgConnection, target: &Target, rows: i64) -> sqlx::R
 }
 
 /// Deletes the device itself; its children stay, without a gateway.
-pub(super) async fn delete_device(db: &mut PgConnection, target: &Target, now: DateTime<Utc>) -> Result<u64> {
+async fn delete_device(db: &mut PgConnection, target: &Target, now: DateTime<Utc>) -> Result<u64> {
     sqlx::query!(
         "update device set gateway_key = null, version = version + 1, updated_at = $2 where gateway_key = $1",
         target.key.0,

@@ -10,43 +10,19 @@ import os
 import sys
 import threading
 
-import paho.mqtt.client as mqtt
-
-PATIENCE_S = 20
-
-
-def say(**fact):
-    print(json.dumps(fact), flush=True)
+from paho_opened import PATIENCE_S, client_of, opened, say
 
 
 def connect(host, port, username, password, client_id, version, will=None):
-    protocol = mqtt.MQTTv5 if version == "5" else mqtt.MQTTv311
     carrier = os.environ.get("TRANSPORT", "tcp")
-    transport = "websockets" if carrier == "websockets" else "tcp"
-    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol, transport=transport)
+    client = client_of(version, client_id, transport="websockets" if carrier == "websockets" else "tcp")
     if carrier == "tls":
         client.tls_set(os.environ["CA_FILE"], os.environ.get("CERT_FILE"), os.environ.get("KEY_FILE"))
     if "CERT_FILE" not in os.environ:
         client.username_pw_set(username, password)
     if will:
         client.will_set(will, json.dumps({"state": "lost"}), qos=1, retain=True)
-    connected = threading.Event()
-    refused = []
-
-    def on_connect(_client, _userdata, _flags, reason, _properties):
-        if reason.is_failure:
-            refused.append(str(reason))
-        connected.set()
-
-    client.on_connect = on_connect
-    client.connect(host, int(port), keepalive=30)
-    client.loop_start()
-    if not connected.wait(PATIENCE_S):
-        sys.exit("no CONNACK")
-    if refused:
-        say(refused=refused[0])
-        sys.exit(3)
-    return client
+    return opened(client, host, port)
 
 
 def publish(client, topic, count):

@@ -13,36 +13,15 @@ import sys
 import threading
 import time
 
-import paho.mqtt.client as mqtt
+from paho_opened import PATIENCE_S, client_of, opened, say
 
-PATIENCE_S = 20
 ASK_AGAIN_S = 1
 
 
-def say(**fact):
-    print(json.dumps(fact), flush=True)
-
-
 def connect(host, port, username, password, client_id, version):
-    protocol = mqtt.MQTTv5 if version == "5" else mqtt.MQTTv311
-    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol)
+    client = client_of(version, client_id)
     client.username_pw_set(username, password)
-    connected, refused = threading.Event(), []
-
-    def on_connect(_client, _userdata, _flags, reason, _properties):
-        if reason.is_failure:
-            refused.append(str(reason))
-        connected.set()
-
-    client.on_connect = on_connect
-    client.connect(host, int(port), keepalive=30)
-    client.loop_start()
-    if not connected.wait(PATIENCE_S):
-        sys.exit("no CONNACK")
-    if refused:
-        say(refused=refused[0])
-        sys.exit(3)
-    return client
+    return opened(client, host, port)
 
 
 def state(path):

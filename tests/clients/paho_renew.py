@@ -10,40 +10,18 @@ import os
 import sys
 import threading
 
-import paho.mqtt.client as mqtt
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-PATIENCE_S = 20
-
-
-def say(**fact):
-    print(json.dumps(fact), flush=True)
+from paho_opened import PATIENCE_S, client_of, opened, say
 
 
 def connect(host, port, ca, certificate, key, version, client_id="renewing"):
-    protocol = mqtt.MQTTv5 if version == "5" else mqtt.MQTTv311
-    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol)
+    client = client_of(version, client_id)
     client.tls_set(ca_certs=ca, certfile=certificate, keyfile=key)
-    connected = threading.Event()
-    refused = []
-
-    def on_connect(_client, _userdata, _flags, reason, _properties):
-        if reason.is_failure:
-            refused.append(str(reason))
-        connected.set()
-
-    client.on_connect = on_connect
-    client.connect(host, int(port), keepalive=30)
-    client.loop_start()
-    if not connected.wait(PATIENCE_S):
-        sys.exit("no CONNACK")
-    if refused:
-        say(refused=refused[0])
-        sys.exit(3)
-    return client
+    return opened(client, host, port)
 
 
 def signing_request(file):

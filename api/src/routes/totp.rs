@@ -204,13 +204,14 @@ pub(crate) async fn remove(
 
 /// Remove a user's authenticator
 ///
-/// For who has lost it and the recovery codes: the password alone is enough from now on.
+/// For who has lost it and the recovery codes: the password alone is enough from now on. One's own goes by `DELETE /auth/totp`, with the
+/// password and a code: an access token may be in other hands.
 #[utoipa::path(
     delete, path = "/api/v1/users/{id}/totp", tag = "users", security(("bearer" = ["access:manage"])),
     params(("id" = String, Path, description = "The user's id")),
     responses(
         (status = 204, description = "No code is asked for any more."),
-        (status = 403, description = "Who has more than the caller is for others.", body = Document, content_type = "application/problem+json"),
+        (status = 403, description = "It is the caller's own, or that of who has more than the caller.", body = Document, content_type = "application/problem+json"),
         (status = 404, description = "There is no such user.", body = Document, content_type = "application/problem+json"),
         (status = 409, description = "The user has none.", body = Document, content_type = "application/problem+json"),
     )
@@ -220,6 +221,13 @@ pub(crate) async fn reset(
     caller: Can<AccessManage>,
     Path(id): Path<UserId>,
 ) -> Result<StatusCode, Problem> {
+    if id == caller.id {
+        return Err(Problem::new(
+            403,
+            "own-authenticator",
+            "expected DELETE /auth/totp for one's own, with the password and a code",
+        ));
+    }
     let mut tx = caller.change(&app).await?;
     user::manageable(&mut tx, caller.manager(), id).await?;
     if !totp::remove(&mut tx, id).await? {

@@ -463,8 +463,10 @@ impl Worker {
         Ok(read)
     }
 
-    /// After the COMMIT: acknowledgements, then messages for those who are connected.
+    /// After the COMMIT: the counters, which are true when an acknowledgement arrives, then acknowledgements, then messages for
+    /// those who are connected.
     fn release(&mut self, ops: impl Iterator<Item = Op>, batch: Batch, read: Read) {
+        self.count(&batch.counts);
         for op in ops {
             if let Some(receipt) = op.receipt() {
                 receipt.settle();
@@ -499,7 +501,6 @@ impl Worker {
         for session in batch.loading {
             load(&session, queued.remove(&session.id).unwrap_or_default(), now);
         }
-        self.count(&batch.counts);
     }
 
     /// Messages did not reach a session, whose queue is full: somebody should see that.

@@ -233,6 +233,8 @@ async fn verify_devices(db: PgPool, clock: Clock, tokens: Vec<DeviceToken>) -> O
 pub(crate) enum Route {
     /// Readings of this device: stored before they are acknowledged.
     Telemetry(Arc<Sender>),
+    /// Log lines of this device: stored before they are acknowledged.
+    Logs(Arc<Sender>),
     /// The state of this device: stored before it is acknowledged.
     Status(Arc<Sender>),
     /// A signing request of this device: answered, and acknowledged after the certificate is stored.
@@ -305,6 +307,7 @@ impl Rights {
         };
         let stored: fn(Arc<Sender>) -> Route = match channel {
             Channel::Telemetry => Route::Telemetry,
+            Channel::Logs => Route::Logs,
             Channel::Status => Route::Status,
             Channel::CertificateRenewal => Route::Renewal,
             Channel::Other(rest) if rest.starts_with("certificates/") => {

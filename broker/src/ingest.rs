@@ -15,6 +15,7 @@ use fleet_core::dead_letter::{self, DeadLetter};
 use fleet_core::error::is_refused;
 use fleet_core::id::{DeadLetterId, DeviceId, DeviceKey, TenantKey};
 use fleet_core::latest::Tracker;
+use fleet_core::log;
 use fleet_core::status::{self, Change};
 use fleet_core::telemetry::{self, Batch, Limits, Rejected, Shapes};
 use sqlx::postgres::PgConnectOptions;
@@ -58,6 +59,8 @@ pub(crate) struct Item {
 pub(crate) enum What {
     /// Readings, as a device sent them.
     Telemetry(Incoming),
+    /// Log lines, as a device sent them.
+    Logs(Incoming),
     /// A state, as a device sent it.
     Status(Incoming),
     /// What a gateway sent for a device that it may not speak for.
@@ -73,7 +76,9 @@ impl Item {
 
     fn message(&self) -> Option<&Incoming> {
         match &self.what {
-            What::Telemetry(message) | What::Status(message) | What::Refused(message) => Some(message),
+            What::Telemetry(message) | What::Logs(message) | What::Status(message) | What::Refused(message) => {
+                Some(message)
+            }
             What::Seen(_) => None,
         }
     }
@@ -178,7 +183,7 @@ pub(crate) fn start(
         let writer = Writer {
             index,
             items: taken,
-            store: Store::new(settings, options.clone()),
+            store: Store::new(index, settings, options.clone()),
             sessions: session_store.clone(),
             metrics: metrics.clone(),
             is_away: is_away.clone(),
@@ -296,7 +301,7 @@ impl Writer {
             let committed = timeout(COMMIT_WITHIN, self.store.commit(sorted)).await;
             match committed.unwrap_or_else(|_| Err(fleet_core::Error::Database(sqlx::Error::PoolTimedOut))) {
                 Ok(stored) => {
-                    sorted.count(stored, &self.metrics);
+                    sorted.count(&stored, &self.metrics);
                     self.found_back();
                     return Ok(());
                 }
@@ -335,7 +340,7 @@ impl Writer {
         for (place, held) in items.drain(..).enumerate() {
             let is_kept = !lost.contains(&place);
             let (incoming, is_routed) = match held.item.what {
-                What::Telemetry(incoming) | What::Status(incoming) => (incoming, is_kept),
+                What::Telemetry(incoming) | What::Logs(incoming) | What::Status(incoming) => (incoming, is_kept),
                 What::Refused(incoming) => (incoming, false),
                 What::Seen(_) => continue,
             };
@@ -383,25 +388,30 @@ fn count(n: usize) -> f64 {
 
 /// A writer's connection and what it remembers between batches.
 struct Store {
+    /// Which writer's, in the rows of log lines.
+    writer: i16,
     options: PgConnectOptions,
     connection: Option<PgConnection>,
     limits: Limits,
+    line_limits: log::Limits,
     batch: Batch,
     shapes: Shapes,
     tracker: Tracker,
 }
 
 impl Store {
-    fn new(settings: &config::Ingest, options: PgConnectOptions) -> Self {
+    fn new(writer: usize, settings: &config::Ingest, options: PgConnectOptions) -> Self {
         let limits = Limits {
             max_readings: settings.max_readings,
             max_metrics: settings.max_metrics,
             max_ahead_ms: settings.max_ahead_ms,
         };
         Self {
+            writer: i16::try_from(writer).expect("ingest.writers is at most 64"),
             options,
             connection: None,
             limits,
+            line_limits: log::Limits { max_lines: settings.max_lines, max_ahead_ms: settings.max_ahead_ms },
             batch: Batch::new(),
             shapes: Shapes::new(settings.max_shapes),
             tracker: Tracker::new(settings.max_tracked_devices),
@@ -417,24 +427,28 @@ impl Store {
     fn sort(&mut self, items: &[Held<Item>]) -> Sorted {
         let mut sorted = Sorted::new(std::mem::take(&mut self.batch));
         for held in items {
-            sorted.add(&held.item, &self.limits);
+            sorted.add(&held.item, &self.limits, &self.line_limits);
         }
         sorted
     }
 
-    /// One transaction for all of it; readings alone are one statement, which is its own transaction. Returns how
-    /// many readings were new.
-    async fn commit(&mut self, sorted: &mut Sorted) -> fleet_core::Result<u64> {
+    /// One transaction for all of it; readings alone are one statement, which is its own transaction, and so are log lines alone.
+    async fn commit(&mut self, sorted: &mut Sorted) -> fleet_core::Result<Stored> {
         let connection = match &mut self.connection {
             Some(connection) => connection,
             None => self.connection.insert(PgConnection::connect_with(&self.options).await?),
         };
         telemetry::prepare(connection, &mut self.shapes, &mut sorted.batch).await?;
-        let stored = if sorted.changes.is_empty() && sorted.letters.is_empty() {
-            telemetry::insert_batch(connection, &sorted.batch).await?
+        log::prepare(connection, &mut sorted.lines).await?;
+        let is_bare = sorted.changes.is_empty() && sorted.letters.is_empty();
+        let stored = if is_bare && sorted.lines.is_empty() {
+            Stored { readings: telemetry::insert_batch(connection, &sorted.batch).await?, lines: 0 }
+        } else if is_bare && sorted.batch.is_empty() {
+            Stored { readings: 0, lines: log::insert_batch(connection, self.writer, &sorted.lines).await? }
         } else {
             let mut tx = connection.begin().await?;
-            let stored = telemetry::insert_batch(&mut tx, &sorted.batch).await?;
+            let readings = telemetry::insert_batch(&mut tx, &sorted.batch).await?;
+            let stored = Stored { readings, lines: log::insert_batch(&mut tx, self.writer, &sorted.lines).await? };
             status::record(&mut tx, &sorted.changes).await?;
             dead_letter::insert(&mut tx, &sorted.letters).await?;
             tx.commit().await?;
@@ -462,19 +476,28 @@ impl Store {
     }
 }
 
+/// What was new of a batch.
+struct Stored {
+    readings: u64,
+    lines: u64,
+}
+
 /// A batch, sorted by what becomes of it.
 struct Sorted {
     batch: Batch,
+    lines: log::Batch,
     changes: Vec<Change>,
     letters: Vec<DeadLetter>,
     telemetry: u64,
+    logs: u64,
     status: u64,
 }
 
 impl Sorted {
     fn new(mut batch: Batch) -> Self {
         batch.clear();
-        Self { batch, changes: Vec::new(), letters: Vec::new(), telemetry: 0, status: 0 }
+        let lines = log::Batch::default();
+        Self { batch, lines, changes: Vec::new(), letters: Vec::new(), telemetry: 0, logs: 0, status: 0 }
     }
 
     /// A message the database refuses, as the dead letter it becomes.
@@ -487,7 +510,7 @@ impl Sorted {
         sorted
     }
 
-    fn add(&mut self, item: &Item, limits: &Limits) {
+    fn add(&mut self, item: &Item, limits: &Limits, line_limits: &log::Limits) {
         let Sender { tenant, device, .. } = *item.sender;
         match &item.what {
             What::Seen(change) => self.changes.push(change.clone()),
@@ -495,6 +518,12 @@ impl Sorted {
                 self.telemetry += 1;
                 let payload = &message.publish.payload;
                 for rejected in self.batch.push(tenant, device, payload, item.received_ms, limits) {
+                    self.put_aside(item, message, rejected);
+                }
+            }
+            What::Logs(message) => {
+                self.logs += 1;
+                for rejected in self.lines.push(device, &message.publish.payload, item.received_ms, line_limits) {
                     self.put_aside(item, message, rejected);
                 }
             }
@@ -529,12 +558,17 @@ impl Sorted {
         });
     }
 
-    fn count(&self, stored: u64, metrics: &Metrics) {
+    fn count(&self, stored: &Stored, metrics: &Metrics) {
         metrics.committed.with_label_values(&["telemetry"]).inc_by(self.telemetry);
         metrics.committed.with_label_values(&["status"]).inc_by(self.status);
         metrics.dead_letters.inc_by(self.letters.len() as u64);
-        metrics.stored.inc_by(stored);
+        metrics.committed.with_label_values(&["logs"]).inc_by(self.logs);
+        metrics.stored.inc_by(stored.readings);
         metrics.clamped.inc_by(self.batch.clamped() as u64);
-        metrics.duplicates.inc_by((self.batch.len() as u64).saturating_sub(stored));
+        metrics.duplicates.inc_by((self.batch.len() as u64).saturating_sub(stored.readings));
+        metrics.lines_stored.inc_by(stored.lines);
+        metrics.lines_clamped.inc_by(self.lines.clamped() as u64);
+        metrics.lines_cut.inc_by(self.lines.cut() as u64);
+        metrics.lines_duplicate.inc_by((self.lines.len() as u64).saturating_sub(stored.lines));
     }
 }

@@ -43,6 +43,7 @@ impl Will {
         let (sender, what): (_, fn(Incoming) -> What) =
             match Rights::new(&self.owner, &shared.directory).publish(&publish.topic) {
                 Ok(Route::Telemetry(sender)) => (sender, What::Telemetry),
+                Ok(Route::Logs(sender)) => (sender, What::Logs),
                 Ok(Route::Status(sender)) => (sender, What::Status),
                 Ok(Route::Live) => return shared.store.publish(Incoming::plain(publish)).await,
                 // A request for a certificate is no last word; it was refused with the CONNECT.

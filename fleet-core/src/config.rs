@@ -184,6 +184,7 @@ pub struct Ingest {
     pub queue_messages: usize,
     pub queue_bytes: usize,
     pub max_readings: usize,
+    pub max_lines: usize,
     pub max_metrics: usize,
     pub max_shapes: usize,
     pub max_ahead_ms: i64,
@@ -365,6 +366,8 @@ impl Oidc {
 pub struct Retention {
     pub telemetry_days: u32,
     pub telemetry_max_bytes: u64,
+    pub log_days: u32,
+    pub log_max_bytes: u64,
     pub dead_letter_days: u32,
     pub dead_letter_max_rows: i64,
     pub connection_event_days: u32,
@@ -588,8 +591,8 @@ impl Config {
                 "ingest.queue_bytes: expected at least mqtt.max_packet_bytes, else no large message would ever fit",
             ),
             (
-                self.ingest.max_readings > 0 && self.ingest.max_metrics > 0,
-                "ingest.max_readings and ingest.max_metrics: expected at least 1",
+                self.ingest.max_readings > 0 && self.ingest.max_lines > 0 && self.ingest.max_metrics > 0,
+                "ingest.max_readings, ingest.max_lines and ingest.max_metrics: expected at least 1",
             ),
             (
                 (64..=268_435_455).contains(&self.mqtt.max_packet_bytes),
@@ -631,6 +634,7 @@ impl Config {
                 "provisioning.max_import_rows: expected 1 to 100000",
             ),
             (self.retention.telemetry_days > 0, "retention.telemetry_days: expected at least 1"),
+            (self.retention.log_days > 0, "retention.log_days: expected at least 1"),
             (self.retention.dead_letter_days > 0, "retention.dead_letter_days: expected at least 1"),
             (self.retention.connection_event_days > 0, "retention.connection_event_days: expected at least 1"),
         ];

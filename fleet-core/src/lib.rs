@@ -16,6 +16,7 @@
 //! | secrets at rest | [`seal`] |
 //! | online, lost, last seen | [`status`] |
 //! | readings: decode, insert, series | [`telemetry`] |
+//! | lines that devices write | [`log`] |
 //! | the newest value of each metric, and gaps in sequence numbers | [`latest`] |
 //! | payloads that could not be read | [`dead_letter`] |
 //! | people, their passwords, access tokens and the keys of those | [`user`], [`token`], [`signing_key`] |
@@ -74,6 +75,7 @@ pub mod import;
 pub mod issuing;
 pub mod latest;
 pub mod level;
+pub mod log;
 pub mod login_failure;
 pub mod login_session;
 pub mod oidc;

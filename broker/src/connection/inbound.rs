@@ -86,6 +86,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
         match self.rights.publish(&publish.topic) {
             Ok(Route::Telemetry(sender)) => self.store(sender, publish, What::Telemetry),
+            Ok(Route::Logs(sender)) => self.store(sender, publish, What::Logs),
             Ok(Route::Status(sender)) => self.store(sender, publish, What::Status),
             Ok(Route::Renewal(sender)) => self.renew(sender, &publish),
             Ok(Route::Provision) => self.provision(&publish),

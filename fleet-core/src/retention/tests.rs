@@ -2,9 +2,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use chrono::TimeDelta;
 
+use super::by_day::{Partitions, ddl, in_the_way};
 use super::*;
 use crate::clock::from_ms;
-use crate::connection_event::{self, Event, Kind, Tallies};
+use crate::connection_event::{self, Event, Tallies};
 use crate::dead_letter::{self, DeadLetter};
 use crate::id::{DeadLetterId, DeviceKey, TenantKey};
 use crate::telemetry::fixture::{NOW, Writer, enrol};
@@ -17,6 +18,8 @@ fn retention() -> Retention {
     Retention {
         telemetry_days: 3,
         telemetry_max_bytes: 0,
+        log_days: u32::MAX,
+        log_max_bytes: 0,
         dead_letter_days: 30,
         dead_letter_max_rows: 1_000,
         connection_event_days: 30,
@@ -35,7 +38,7 @@ fn day(after_today: i64) -> NaiveDate {
 }
 
 async fn days(db: &mut PgConnection) -> Vec<NaiveDate> {
-    Partitions::read(db).await.unwrap().days.into_keys().collect()
+    Partitions::read(db, Kind::Telemetry).await.unwrap().days.into_keys().collect()
 }
 
 /// Stores one reading on each of the days, counted from today.
@@ -175,7 +178,7 @@ async fn readings_later_than_their_day_are_swept_too() {
     let device = enrol(&mut conn, db.tenant(), "boiler-1").await;
     store(&mut conn, &mut Writer::new(db.tenant()), device, -6..=0).await;
     let swept = sweep(&mut conn, &retention(), now()).await.unwrap();
-    assert_eq!((swept.late_readings, swept.unfinished), (3, false));
+    assert_eq!((swept.late, swept.unfinished), (3, false));
     assert_eq!(stored(&mut conn, device).await, (-3..=0).collect::<Vec<_>>());
 }
 
@@ -187,7 +190,7 @@ async fn the_oldest_days_go_while_there_is_too_much_but_never_today() {
     ensure_partitions(&mut conn, now()).await.unwrap();
     store(&mut conn, &mut Writer::new(db.tenant()), device, -1..=7).await;
     let later = from_ms(NOW + 2 * DAY_MS);
-    let total = Partitions::read(&mut conn).await.unwrap().total_bytes;
+    let total = Partitions::read(&mut conn, Kind::Telemetry).await.unwrap().total_bytes;
     let enough = Retention { telemetry_max_bytes: total, ..retention() };
     assert_eq!(sweep(&mut conn, &enough, later).await.unwrap().days, []);
     let less = Retention { telemetry_max_bytes: total - 1, ..retention() };
@@ -208,10 +211,10 @@ async fn a_drop_that_was_interrupted_is_finished() {
     let db = TestDb::new().await;
     let mut conn = db.pool().acquire().await.unwrap();
     ensure_partitions(&mut conn, now()).await.unwrap();
-    let table = table_of(day(-1));
+    let table = Kind::Telemetry.table_of(day(-1));
     for sql in [
         format!("alter table telemetry detach partition {table}"),
-        format!("alter table {table} rename to {DROPPED}{}", day(-1).format("%Y%m%d")),
+        format!("alter table {table} rename to dropped_telemetry_{}", day(-1).format("%Y%m%d")),
     ] {
         ddl(&mut conn, sql).await.unwrap();
     }
@@ -275,7 +278,7 @@ async fn connection_events_go_by_age_and_by_number() {
             tenant: db.tenant(),
             device: None,
             client_id: format!("client-{n}"),
-            kind: Kind::Flapping,
+            kind: connection_event::Kind::Flapping,
             detail: serde_json::json!({}),
             at_ms: NOW - (30 - n) * DAY_MS - 1,
         };
@@ -332,6 +335,8 @@ async fn what_is_kept_for_ever_is_never_dropped() {
     let always = Retention {
         telemetry_days: u32::MAX,
         telemetry_max_bytes: u64::MAX,
+        log_days: u32::MAX,
+        log_max_bytes: u64::MAX,
         dead_letter_days: u32::MAX,
         dead_letter_max_rows: i64::MAX,
         connection_event_days: u32::MAX,
@@ -345,9 +350,9 @@ async fn what_is_kept_for_ever_is_never_dropped() {
 
 #[test]
 fn only_names_made_here_are_days() {
-    assert_eq!(day_of("telemetry_20261121"), NaiveDate::from_ymd_opt(2026, 11, 21));
+    assert_eq!(Kind::Telemetry.day_of("telemetry_20261121"), NaiveDate::from_ymd_opt(2026, 11, 21));
     for other in ["telemetry_default", "telemetry_2026112", "telemetry_20261332", "telemetry_+0261121", "log_20261121"]
     {
-        assert_eq!(day_of(other), None, "{other}");
+        assert_eq!(Kind::Telemetry.day_of(other), None, "{other}");
     }
 }

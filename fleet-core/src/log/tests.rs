@@ -1,0 +1,100 @@
+//! What the table promises of lines.
+
+use super::*;
+use crate::telemetry::fixture::{NOW, enrol};
+use crate::testing::TestDb;
+
+const LIMITS: Limits = Limits { max_lines: 100, max_ahead_ms: 300_000 };
+
+/// A batch of one device's messages, received at once.
+fn batch(device: DeviceKey, messages: &[&str], received_ms: i64) -> Batch {
+    let mut batch = Batch::default();
+    for message in messages {
+        assert_eq!(batch.push(device, message.as_bytes(), received_ms, &LIMITS), []);
+    }
+    batch
+}
+
+async fn store(db: &mut PgConnection, writer: i16, mut batch: Batch) -> u64 {
+    prepare(db, &mut batch).await.unwrap();
+    insert_batch(db, writer, &batch).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_line_is_stored_as_it_was_sent_and_once() {
+    let db = TestDb::new().await;
+    let mut conn = db.pool().acquire().await.unwrap();
+    let device = enrol(&mut conn, db.tenant(), "boiler-1").await;
+    let full = format!(
+        r#"{{"ts":{NOW},"seq":7,"level":"warn","target":"net","message":"no carrier","fields":{{"rssi":-81}},"trace_id":"ab"}}"#
+    );
+    let bare = format!(r#"{{"ts":{NOW},"message":"again"}}"#);
+    for new in [2, 0] {
+        assert_eq!(store(&mut conn, 0, batch(device, &[&full, &bare, &bare], NOW + 5)).await, new);
+    }
+    let rows =
+        sqlx::query!("select seq, level, target, message, trace_id, fields::text, ts from log order by seq desc");
+    let rows = rows.fetch_all(&mut *conn).await.unwrap();
+    let row = &rows[0];
+    assert_eq!((row.seq, row.level, row.target.as_deref(), row.message.as_str()), (7, 4, Some("net"), "no carrier"));
+    assert_eq!((row.trace_id.as_deref(), row.fields.as_deref()), (Some("ab"), Some(r#"{"rssi": -81}"#)));
+    assert_eq!((row.ts, rows[1].seq < 0, rows.len()), (from_ms(NOW), true, 2));
+}
+
+#[tokio::test]
+async fn a_clamped_line_that_comes_again_is_known() {
+    let db = TestDb::new().await;
+    let mut conn = db.pool().acquire().await.unwrap();
+    let device = enrol(&mut conn, db.tenant(), "boiler-1").await;
+    let ahead = format!(r#"{{"ts":{},"message":"from the future"}}"#, NOW + 3_600_000);
+    for (later, new) in [(0, 1), (60_000, 0)] {
+        let batch = batch(device, &[&ahead], NOW + later);
+        assert_eq!((batch.clamped(), store(&mut conn, 0, batch).await), (1, new));
+    }
+    let at = sqlx::query_scalar!("select ts from log").fetch_one(&mut *conn).await.unwrap();
+    assert_eq!(at, from_ms(NOW));
+}
+
+#[tokio::test]
+async fn places_follow_the_order_of_commits() {
+    let db = TestDb::new().await;
+    let mut conn = db.pool().acquire().await.unwrap();
+    let device = enrol(&mut conn, db.tenant(), "boiler-1").await;
+    let line = |nth: usize| format!(r#"{{"ts":{NOW},"seq":{nth},"message":"x"}}"#);
+    // One is uncommitted while another one of the same writer wants to go on: it has to wait.
+    let mut first = db.pool().begin().await.unwrap();
+    store(&mut first, 3, batch(device, &[&line(1), &line(2)], NOW)).await;
+    let pool = db.pool().clone();
+    let second = tokio::spawn(async move {
+        let mut conn = pool.acquire().await.unwrap();
+        let lines = [3, 4].map(|nth| format!(r#"{{"ts":{NOW},"seq":{nth},"message":"x"}}"#));
+        store(&mut conn, 3, batch(device, &[&lines[0], &lines[1]], NOW)).await
+    });
+    let waits =
+        "select exists (select from pg_stat_activity where wait_event_type = 'Lock' and query like '%log_writer%')";
+    while !sqlx::query_scalar::<_, bool>(waits).fetch_one(&mut *conn).await.unwrap() {
+        tokio::task::yield_now().await;
+    }
+    // Another writer need not.
+    store(&mut conn, 4, batch(device, &[&line(9)], NOW)).await;
+    first.commit().await.unwrap();
+    assert_eq!(second.await.unwrap(), 2);
+    let places = sqlx::query_scalar!("select place from log where writer = 3 order by seq");
+    assert_eq!(places.fetch_all(&mut *conn).await.unwrap(), [1, 2, 3, 4]);
+    assert_eq!(sqlx::query_scalar!("select place from log where writer = 4").fetch_one(&mut *conn).await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn nothing_a_device_sends_makes_a_batch_fail() {
+    let db = TestDb::new().await;
+    let mut conn = db.pool().acquire().await.unwrap();
+    let device = enrol(&mut conn, db.tenant(), "boiler-1").await;
+    let messages = [
+        r#"{"message":"a\u0000b","fields":{"x\u0000":"\u0000","y":[null,1e308,18446744073709551615]}}"#,
+        r#"{"message":"far","ts":0}"#,
+        r#"{"message":"far","ts":253402300799999}"#,
+        r#"{"message":"\ud83d\ude00 שלום e\u0301"}"#,
+        "plain \u{0} text",
+    ];
+    assert_eq!(store(&mut conn, 0, batch(device, &messages, NOW)).await, 5);
+}

@@ -26,6 +26,7 @@ pub(super) struct Target {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
     Telemetry,
+    Log,
     DeviceLatest,
     DeviceStatus,
     SessionMessage,
@@ -47,6 +48,7 @@ const ALWAYS: &[Part] =
 /// Of one that is purged, what there is most of first.
 const PURGE: &[Part] = &[
     Part::Telemetry,
+    Part::Log,
     Part::SessionMessage,
     Part::SessionReceived,
     Part::SessionSubscription,
@@ -70,6 +72,7 @@ impl Part {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Telemetry => "telemetry",
+            Self::Log => "log",
             Self::DeviceLatest => "device_latest",
             Self::DeviceStatus => "device_status",
             Self::SessionMessage => "session_message",
@@ -96,6 +99,7 @@ impl Part {
         let rows = i64::from(rows.max(1));
         let gone = match self {
             Self::Telemetry => telemetry(db, target, rows).await?,
+            Self::Log => log(db, target, rows).await?,
             Self::SessionMessage | Self::SessionReceived | Self::SessionSubscription | Self::Session => {
                 self.of_sessions(db, target, rows).await?
             }
@@ -246,6 +250,21 @@ async fn telemetry(db: &mut PgConnection, target: &Target, rows: i64) -> sqlx::R
     .await
 }
 
+/// Lines, like readings.
+async fn log(db: &mut PgConnection, target: &Target, rows: i64) -> sqlx::Result<PgQueryResult> {
+    sqlx::query!(
+        "
+        delete from log
+         where device_key = $1
+           and ts <= coalesce((select ts from log where device_key = $1 order by ts limit 1 offset $2), 'infinity')
+        ",
+        target.key.0,
+        rows - 1
+    )
+    .execute(db)
+    .await
+}
+
 /// Deletes the device itself; its children stay, without a gateway.
 async fn delete_device(db: &mut PgConnection, target: &Target, now: DateTime<Utc>) -> Result<u64> {
     sqlx::query!(
@@ -264,6 +283,7 @@ pub(super) async fn count(db: &mut PgConnection, target: &Target) -> Result<Coun
     let counts = sqlx::query!(
         r#"
         select 'telemetry' as "part!", count(*) as "rows!" from telemetry where device_key = $1
+     union all select 'log', count(*) from log where device_key = $1
      union all select 'device_latest', count(*) from device_latest where device_key = $1
      union all select 'device_status', count(*) from device_status where device_key = $1
      union all select 'session_message', count(*)

@@ -31,6 +31,7 @@ async fn full(db: &TestDb, name: &str, readings: u32) -> DeviceKey {
          insert into telemetry (device_key, ts, seq, shape_id, nums)
          select {key}, day + n * interval '1 s', n, (select min(id) from shape), '{{1}}'
            from unnest(array['2020-01-01', '2025-11-20', '2025-11-21']::timestamptz[]) day, generate_series(1, {readings}) n;
+         insert into log (device_key, ts, seq, writer, place, level, message, cut) select {key}, now(), n, 0, n, 3, 'm', 0 from generate_series(1, 7) n;
          insert into device_latest values ({key}, now(), '{{}}');
          insert into device_status (device_key, state, state_since, last_seen_at) values ({key}, 'online', now(), now());
          insert into dead_letter select gen_random_uuid(), {tenant}, '{name}', 't', 'r', 'p', now() from generate_series(1, 7);
@@ -138,6 +139,7 @@ async fn after_a_purge_no_table_of_the_schema_knows_the_device() {
         ("device", 1),
         ("device_latest", 1),
         ("device_status", 1),
+        ("log", 7),
         ("retained_message", 2),
         ("session", 1),
         ("session_message", 7),

@@ -57,6 +57,8 @@ const ROWS: &str = "
     insert into shape (tenant_key, digest, metrics, kinds) values ($t, '', '{temp}', 'n');
     insert into telemetry (device_key, ts, seq, shape_id, nums)
          select d.key, now(), 1, s.id, '{21.5}' from device d join shape s using (tenant_key) where tenant_key = $t;
+    insert into log (device_key, ts, seq, writer, place, level, message, cut)
+         select key, now(), 1, 0, 1, 3, 'm', 0 from device where tenant_key = $t;
     insert into claim (id, tenant_key, name, secret_hash, approval, max_devices, created_by, created_at, expires_at)
          values (gen_random_uuid(), $t, 'c', convert_to('$n', 'UTF8'), 'auto', 1, gen_random_uuid(), now(), now());
     insert into claim_request (id, claim_id, tenant_key, device_id, nonce, token_hash, labels, asker, address, state, asked_at,
@@ -394,6 +396,7 @@ async fn a_scope_hides_devices_and_what_hangs_on_them() {
         "device_status",
         "device_latest",
         "telemetry",
+        "log",
         "dead_letter",
         "connection_event",
         "audit",

@@ -230,7 +230,7 @@ async fn what_happens_to_a_second_factor_is_in_the_audit_without_its_secrets() {
                 "user.begin-totp",
             ][..],
         ),
-        (&reset, &["user.reset-totp", "user.create", "user.confirm-totp", "user.begin-totp"][..]),
+        (&reset, &["user.reset-totp", "user.log-in", "user.create", "user.confirm-totp", "user.begin-totp"][..]),
     ] {
         let told = scene.api.get("/api/v1/audit").await.expect(200);
         let actions = told.body["items"].as_array().unwrap().iter().map(|entry| entry["action"].as_str().unwrap());

@@ -5,6 +5,7 @@
 //! its commits, so whoever has read up to a place has missed nothing before it. Ignorant of: MQTT, HTTP, users.
 
 mod decode;
+pub mod pattern;
 #[cfg(test)]
 mod tests;
 

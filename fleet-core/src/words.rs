@@ -48,7 +48,7 @@ fn goes_on(first: char, c: char) -> bool {
 }
 
 /// Ideographs and kana.
-fn is_alone(c: char) -> bool {
+pub(crate) fn is_alone(c: char) -> bool {
     matches!(c, '\u{3040}'..='\u{30ff}' | '\u{3400}'..='\u{9fff}' | '\u{f900}'..='\u{faff}' | '\u{20000}'..='\u{3ffff}')
 }
 

@@ -75,7 +75,7 @@ fn object(members: &Map<String, Value>) -> Result<Line, String> {
         match (name.as_str(), value) {
             ("message" | "msg" | "ts" | "seq", _) | (_, Value::Null) => {}
             ("target", Value::String(target)) => {
-                line.target = Some(line.cut.text(target, MAX_NAME_BYTES, Cut::MESSAGE))
+                line.target = Some(line.cut.text(target, MAX_NAME_BYTES, Cut::MESSAGE));
             }
             ("trace_id", Value::String(trace)) => line.trace = Some(line.cut.text(trace, MAX_NAME_BYTES, Cut::MESSAGE)),
             ("fields", Value::Object(fields)) => {
@@ -215,7 +215,7 @@ mod tests {
     fn what_is_too_much_is_cut_and_marked() {
         let line = read(&json!({ "message": "ä".repeat(MAX_MESSAGE_BYTES) }).to_string());
         assert_eq!((line.message.len(), line.cut.names()), (MAX_MESSAGE_BYTES, vec!["message"]));
-        let many = (0..MAX_FIELDS + 1).map(|n| (format!("f{n}"), json!(n))).collect::<Map<_, _>>();
+        let many = (0..=MAX_FIELDS).map(|n| (format!("f{n}"), json!(n))).collect::<Map<_, _>>();
         let line = read(&json!({ "message": "x", "fields": many }).to_string());
         assert_eq!((line.fields.len(), line.cut.names()), (MAX_FIELDS, vec!["fields"]));
         let large = json!({ "message": "x", "fields": { "a": "y".repeat(MAX_FIELDS_BYTES), "b": 1 } });

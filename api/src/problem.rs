@@ -306,6 +306,7 @@ impl From<Error> for Problem {
             Error::SchemaTooNew { .. }
             | Error::Postgres(_)
             | Error::UnusableDatabase(_)
+            | Error::Index(_)
             | Error::Migrate(_)
             | Error::Seal(_)
             | Error::Internal(_)

@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use secrecy::{ExposeSecret, SecretString};
@@ -16,6 +16,10 @@ use crate::id::RoleId;
 
 /// The commented default settings.
 pub const DEFAULTS: &str = include_str!("../../config/muster.toml");
+
+/// What the writer of an index can work with.
+const MIN_WRITER_BYTES: usize = 16 * 1024 * 1024;
+const MAX_WRITER_BYTES: usize = 4_000_000_000;
 
 /// All settings. Each field is explained in `config/muster.toml`.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -36,6 +40,7 @@ pub struct Config {
     pub certificates: Certificates,
     pub audit: Audit,
     pub retention: Retention,
+    pub search: Search,
     pub log: Log,
 }
 
@@ -376,6 +381,40 @@ pub struct Retention {
     pub audit_days: u32,
 }
 
+/// `[search]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Search {
+    pub dir: String,
+    pub poll_ms: u64,
+    pub commit_ms: u64,
+    pub batch_lines: usize,
+    pub open_days: usize,
+    pub writer_bytes: usize,
+    pub max_columns: usize,
+    pub min_free_bytes: u64,
+}
+
+impl Search {
+    /// Where the index is, with "auto" resolved.
+    pub fn dir(&self, data_dir: &Path) -> PathBuf {
+        if self.dir == "auto" { data_dir.join("search") } else { PathBuf::from(&self.dir) }
+    }
+
+    fn rules(&self) -> [(bool, &'static str); 4] {
+        [
+            (self.poll_ms > 0 && self.commit_ms > 0, "search.poll_ms and search.commit_ms: expected at least 1"),
+            ((1..=100_000).contains(&self.batch_lines), "search.batch_lines: expected 1 to 100000"),
+            ((1..=100).contains(&self.open_days), "search.open_days: expected 1 to 100"),
+            (
+                (MIN_WRITER_BYTES..=MAX_WRITER_BYTES).contains(&self.writer_bytes),
+                "search.writer_bytes: expected 16777216 to 4000000000",
+            ),
+        ]
+    }
+}
+
 /// `[log]`
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -643,6 +682,7 @@ impl Config {
             .chain(&self.admission.rules())
             .chain(&self.oidc.rules())
             .chain(&self.certificates.rules())
+            .chain(&self.search.rules())
             .find(|(holds, _)| !holds)
         {
             Some((_, rule)) => Err(BadConfig((*rule).to_owned())),

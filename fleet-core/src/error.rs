@@ -235,6 +235,9 @@ pub enum Error {
     /// The database that was given cannot be used; the text says what was expected.
     #[error("{0}")]
     UnusableDatabase(String),
+    /// The index of log lines failed; it can be made anew from the database.
+    #[error("the index of log lines failed: {0}")]
+    Index(#[from] tantivy::TantivyError),
     /// A migration failed.
     #[error("migration failed")]
     Migrate(#[from] sqlx::migrate::MigrateError),

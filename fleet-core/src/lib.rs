@@ -16,7 +16,7 @@
 //! | secrets at rest | [`seal`] |
 //! | online, lost, last seen | [`status`] |
 //! | readings: decode, insert, series | [`telemetry`] |
-//! | lines that devices write | [`log`] |
+//! | lines that devices write | [`log`], found by [`index`] |
 //! | the newest value of each metric, and gaps in sequence numbers | [`latest`] |
 //! | payloads that could not be read | [`dead_letter`] |
 //! | people, their passwords, access tokens and the keys of those | [`user`], [`token`], [`signing_key`] |
@@ -72,6 +72,7 @@ pub mod group;
 pub mod id;
 pub mod idempotency;
 pub mod import;
+pub mod index;
 pub mod issuing;
 pub mod latest;
 pub mod level;

@@ -5,6 +5,7 @@
 //! its commits, so whoever has read up to a place has missed nothing before it. Ignorant of: MQTT, HTTP, users.
 
 mod decode;
+mod line;
 pub mod pattern;
 #[cfg(test)]
 mod tests;
@@ -15,6 +16,7 @@ use chrono::{DateTime, Utc};
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
 
+pub use self::line::{Address, Line, Stretch};
 use crate::Result;
 use crate::clock::from_ms;
 use crate::id::DeviceKey;

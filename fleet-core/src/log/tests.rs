@@ -1,6 +1,7 @@
 //! What the table promises of lines.
 
 use super::*;
+use crate::level::Level;
 use crate::telemetry::fixture::{NOW, enrol};
 use crate::testing::TestDb;
 
@@ -97,4 +98,37 @@ async fn nothing_a_device_sends_makes_a_batch_fail() {
         "plain \u{0} text",
     ];
     assert_eq!(store(&mut conn, 0, batch(device, &messages, NOW)).await, 5);
+}
+
+#[tokio::test]
+async fn lines_are_read_back_by_place_and_by_address() {
+    let db = TestDb::new().await;
+    let mut conn = db.pool().acquire().await.unwrap();
+    let device = enrol(&mut conn, db.tenant(), "boiler-1").await;
+    let full = format!(
+        r#"{{"ts":{NOW},"seq":7,"level":"warn","target":"net","message":"no carrier","fields":{{"rssi":-81}},"trace_id":"ab"}}"#
+    );
+    let later = format!(r#"{{"ts":{},"message":"again"}}"#, NOW + 86_400_000 * 3);
+    let stored = batch(device, &[&full, &later], NOW + 86_400_000 * 3);
+    // What is there already leaves its place empty.
+    assert_eq!(store(&mut conn, 3, stored).await, 2);
+    assert_eq!(store(&mut conn, 3, batch(device, &[&full], NOW)).await, 0);
+    assert_eq!(store(&mut conn, 3, batch(DeviceKey(device.0 + 1), &["of a device that is gone"], NOW)).await, 1);
+
+    let all = Line::read_after(&mut conn, 3, 0, 4, 10).await.unwrap();
+    assert_eq!((all.lines.len(), all.reached, all.orphans), (2, 4, 1));
+    let line = &all.lines[0];
+    assert_eq!(line.address, Address { ts_ms: NOW, writer: 3, place: 1 });
+    assert_eq!((line.device_id.as_str(), line.tenant, line.level), ("boiler-1", db.tenant(), Level::Warn));
+    assert_eq!(
+        (line.message.as_str(), line.trace.as_deref(), &line.fields["rssi"]),
+        ("no carrier", Some("ab"), &(-81).into())
+    );
+    let one = Line::read_after(&mut conn, 3, 0, 4, 1).await.unwrap();
+    assert_eq!((one.lines.len(), one.reached), (1, 1));
+    assert_eq!(Line::read_after(&mut conn, 3, 4, 4, 10).await.unwrap(), Stretch { reached: 4, ..Stretch::default() });
+
+    let newest_first = [all.lines[1].address, Address { place: 99, ..line.address }, line.address];
+    let fetched = Line::fetch(&mut conn, &newest_first).await.unwrap();
+    assert_eq!(fetched, [all.lines[1].clone(), line.clone()]);
 }

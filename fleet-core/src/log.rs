@@ -7,6 +7,8 @@
 mod decode;
 mod line;
 pub mod pattern;
+pub mod query;
+mod surrounding;
 #[cfg(test)]
 mod tests;
 
@@ -17,6 +19,7 @@ use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
 
 pub use self::line::{Address, Line, Stretch};
+pub use self::surrounding::MAX_SURROUNDING;
 use crate::Result;
 use crate::clock::from_ms;
 use crate::id::DeviceKey;

@@ -65,7 +65,8 @@ pub struct Schema {
 }
 
 impl Schema {
-    fn kind(&self, field: &str) -> Option<Kind> {
+    /// What a field holds; none when there is no such field.
+    pub fn kind(&self, field: &str) -> Option<Kind> {
         let named = self.fields.iter().find(|(name, _)| *name == field);
         let family = || self.families.iter().find(|(start, _)| field.len() > start.len() && field.starts_with(start));
         named.or_else(family).map(|(_, kind)| *kind)

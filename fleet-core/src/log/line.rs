@@ -61,21 +61,21 @@ pub struct Stretch {
     pub orphans: u64,
 }
 
-struct Row {
-    ts_ms: i64,
-    writer: i16,
-    place: i64,
-    tenant: Option<TenantKey>,
-    device: DeviceKey,
-    device_id: Option<DeviceId>,
-    seq: i64,
-    level: i16,
-    target: Option<String>,
-    message: String,
-    trace: Option<String>,
-    fields: Option<Json<Map<String, Value>>>,
-    cut: i16,
-    sent_at_ms: Option<i64>,
+pub(super) struct Row {
+    pub(super) ts_ms: i64,
+    pub(super) writer: i16,
+    pub(super) place: i64,
+    pub(super) tenant: Option<TenantKey>,
+    pub(super) device: DeviceKey,
+    pub(super) device_id: Option<DeviceId>,
+    pub(super) seq: i64,
+    pub(super) level: i16,
+    pub(super) target: Option<String>,
+    pub(super) message: String,
+    pub(super) trace: Option<String>,
+    pub(super) fields: Option<Json<Map<String, Value>>>,
+    pub(super) cut: i16,
+    pub(super) sent_at_ms: Option<i64>,
 }
 
 impl Row {
@@ -84,7 +84,7 @@ impl Row {
     }
 
     /// None when its device is gone.
-    fn line(self) -> Option<Line> {
+    pub(super) fn line(self) -> Option<Line> {
         Some(Line {
             address: self.address(),
             tenant: self.tenant?,

@@ -26,6 +26,11 @@ impl Pattern {
         &self.0
     }
 
+    /// As queries name it: [`Self::hash`] in 16 hexadecimal digits.
+    pub fn id(&self) -> String {
+        format!("{:016x}", self.hash())
+    }
+
     /// A number that stands for it: FNV-1a with 64 bits of its text.
     pub fn hash(&self) -> u64 {
         self.0

@@ -47,8 +47,15 @@ impl Expression {
             Self::Not(inner) => !inner.matches(document),
             Self::And(all) => all.iter().all(|one| one.matches(document)),
             Self::Or(some) => some.iter().any(|one| one.matches(document)),
-            Self::Term(Term { field, test, .. }) => document.any(field, &mut |value| test.holds(&value)),
+            Self::Term(term) => term.matches(document),
         }
+    }
+}
+
+impl Term {
+    /// Whether its test holds for one of the values of its field.
+    pub fn matches(&self, document: &impl Document) -> bool {
+        document.any(&self.field, &mut |value| self.test.holds(&value))
     }
 }
 
@@ -78,11 +85,14 @@ impl Phrase {
     /// Whether its words stand in a text, one behind the other.
     pub fn stands_in(&self, text: &str) -> bool {
         let has = words(text).map(|word| word.text).collect::<Vec<_>>();
-        let (last, before) = self.words.split_last().expect("at least one word");
-        has.windows(self.words.len()).any(|window| {
-            let (end, start) = window.split_last().expect("as long as the phrase");
-            let is_last = if self.is_prefix { end.starts_with(last.as_str()) } else { end == last };
-            is_last && start == before
+        has.windows(self.words.len()).any(|window| self.is_at(window.iter().map(String::as_str)))
+    }
+
+    /// Whether these, as many as it has, are its words.
+    pub fn is_at<'a>(&self, words: impl Iterator<Item = &'a str>) -> bool {
+        let last = self.words.len() - 1;
+        self.words.iter().zip(words).enumerate().all(|(place, (wanted, has))| {
+            if self.is_prefix && place == last { has.starts_with(wanted.as_str()) } else { has == wanted }
         })
     }
 }

@@ -19,7 +19,17 @@ impl Query {
     /// # Errors
     /// [`Error::Invalid`] when it asks for words, which no column is searched for.
     pub fn push_sql(&self, columns: &impl Columns, sql: &mut QueryBuilder<Postgres>) -> Result<()> {
-        push(self.expression(), columns, sql)
+        self.expression().push_sql(columns, sql)
+    }
+}
+
+impl Expression {
+    /// As [`Query::push_sql`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn push_sql(&self, columns: &impl Columns, sql: &mut QueryBuilder<Postgres>) -> Result<()> {
+        push(self, columns, sql)
     }
 }
 

@@ -240,6 +240,8 @@ impl From<Error> for Problem {
             Error::NoSuchSession(_) => (404, "no-such-session"),
             Error::NoSuchLoginSession(_) => (404, "no-such-login-session"),
             Error::NoBroker(_) => (503, "no-broker"),
+            Error::SearchBusy => (503, "search-busy"),
+            Error::SearchTimeout => (503, "search-timeout"),
             Error::DeviceExists(_) => (409, "device-exists"),
             Error::Decommissioned(_) => (409, "decommissioned"),
             Error::NoSuchDecommission(_) => (404, "no-such-decommission"),

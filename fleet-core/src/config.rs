@@ -394,6 +394,8 @@ pub struct Search {
     pub writer_bytes: usize,
     pub max_columns: usize,
     pub min_free_bytes: u64,
+    pub concurrent: usize,
+    pub timeout_ms: u64,
 }
 
 impl Search {
@@ -402,8 +404,12 @@ impl Search {
         if self.dir == "auto" { data_dir.join("search") } else { PathBuf::from(&self.dir) }
     }
 
-    fn rules(&self) -> [(bool, &'static str); 4] {
+    fn rules(&self) -> [(bool, &'static str); 5] {
         [
+            (
+                self.concurrent > 0 && self.timeout_ms > 0,
+                "search.concurrent and search.timeout_ms: expected at least 1",
+            ),
             (self.poll_ms > 0 && self.commit_ms > 0, "search.poll_ms and search.commit_ms: expected at least 1"),
             ((1..=100_000).contains(&self.batch_lines), "search.batch_lines: expected 1 to 100000"),
             ((1..=100).contains(&self.open_days), "search.open_days: expected 1 to 100"),

@@ -347,6 +347,22 @@ pub async fn open(db: &mut PgConnection, tenant: TenantKey, id: &DeviceId) -> Re
     row.map(|row| row.key).ok_or_else(|| Error::NoSuchDevice(id.clone()))
 }
 
+/// Opens the lines and readings of these devices, as far as the transaction of [`crate::tenancy`] may see them.
+pub async fn open_all(db: &mut PgConnection, tenant: TenantKey, devices: &[DeviceKey]) -> Result<()> {
+    sqlx::query!(
+        "
+        select set_config('muster.devices', coalesce(array_agg(key), '{}')::text, true)
+          from device
+         where tenant_key = $1 and key = any($2)
+        ",
+        tenant.0,
+        devices as &[DeviceKey]
+    )
+    .fetch_one(db)
+    .await?;
+    Ok(())
+}
+
 /// At most `limit` (itself at most [`MAX_PAGE`]) of the devices that `filter` asks for, beginning behind the id `after`.
 /// To be called in a transaction.
 pub async fn page(

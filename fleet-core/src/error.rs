@@ -238,6 +238,12 @@ pub enum Error {
     /// The index of log lines failed; it can be made anew from the database.
     #[error("the index of log lines failed: {0}")]
     Index(#[from] tantivy::TantivyError),
+    /// As many searches as are worked on at once are under way.
+    #[error("too many searches are under way: try again shortly")]
+    SearchBusy,
+    /// There was too much to look through.
+    #[error("the search took too long: expected less to look through, such as a shorter time")]
+    SearchTimeout,
     /// A migration failed.
     #[error("migration failed")]
     Migrate(#[from] sqlx::migrate::MigrateError),

@@ -16,7 +16,7 @@
 //! | secrets at rest | [`seal`] |
 //! | online, lost, last seen | [`status`] |
 //! | readings: decode, insert, series | [`telemetry`] |
-//! | lines that devices write | [`log`], found by [`index`] |
+//! | lines that devices write | [`log`], found by [`search`] in their [`index`] |
 //! | the newest value of each metric, and gaps in sequence numbers | [`latest`] |
 //! | payloads that could not be read | [`dead_letter`] |
 //! | people, their passwords, access tokens and the keys of those | [`user`], [`token`], [`signing_key`] |
@@ -91,6 +91,7 @@ pub mod revocation;
 pub mod role;
 pub mod scope;
 pub mod seal;
+pub mod search;
 pub mod selector;
 pub mod session;
 pub mod signing_key;

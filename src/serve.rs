@@ -18,6 +18,7 @@ use fleet_core::config::Config;
 use fleet_core::credential::{self, Expiring};
 use fleet_core::database::Database;
 use fleet_core::decommission;
+use fleet_core::index::Index;
 use fleet_core::retention;
 use fleet_core::token::Keys;
 use fleet_core::user::{self, FirstAdmin};
@@ -150,7 +151,10 @@ impl Server {
         };
         let http = match listener {
             Some(listener) => {
-                Some(start_http(listener, &config, &database, (keys.clone(), pki), &clock, &registry, broker.as_ref())?)
+                let index = Index::open(&config.search.dir(&data_dir), &config.search)?;
+                index.register(&registry)?;
+                let beside = (broker.as_ref(), index);
+                Some(start_http(listener, &config, &database, (keys.clone(), pki), &clock, &registry, beside)?)
             }
             None => None,
         };
@@ -236,6 +240,7 @@ struct Http {
     stop: CancellationToken,
     serving: JoinHandle<std::io::Result<()>>,
     denials: JoinHandle<()>,
+    indexing: JoinHandle<()>,
 }
 
 fn start_http(
@@ -245,7 +250,7 @@ fn start_http(
     (keys, pki): (Arc<Keys>, Pki),
     clock: &Clock,
     registry: &Registry,
-    broker: Option<&Broker>,
+    (broker, index): (Option<&Broker>, Index),
 ) -> anyhow::Result<Http> {
     let health = match broker.map(Broker::health) {
         Some(writers) => Health::new().with("writers", move || {
@@ -254,7 +259,8 @@ fn start_http(
         }),
         None => Health::new(),
     };
-    let app = App::new(database.pool().clone(), clock.clone(), keys, pki, registry.clone(), config, health)?;
+    let app = App::new(database.pool().clone(), clock.clone(), keys, pki, registry.clone(), config, health)?
+        .with_index(index.clone());
     let address = listener.local_addr()?;
     let listener = listener.tap_io(|socket| {
         // What a client is told is small and must not wait for more.
@@ -264,11 +270,17 @@ fn start_http(
     });
     let stop = CancellationToken::new();
     let denials = tokio::spawn(write_denials(app.clone(), config.audit.denials_every_s, stop.clone()));
+    let indexing = tokio::spawn(follow(index, database.pool().clone(), clock.clone(), stop.clone()));
     let beside = broker.map(|broker| websocket::routes(broker.door(), config.mqtt.max_packet_bytes));
     let router = api::router_beside(app, beside.unwrap_or_default());
     let serving = axum::serve(listener, router.into_make_service_with_connect_info::<SocketAddr>());
     let serving = serving.with_graceful_shutdown(stop.clone().cancelled_owned());
-    Ok(Http { address, stop, serving: tokio::spawn(serving.into_future()), denials })
+    Ok(Http { address, stop, serving: tokio::spawn(serving.into_future()), denials, indexing })
+}
+
+/// Keeps the index of log lines up with the rows.
+async fn follow(index: Index, db: PgPool, clock: Clock, stop: CancellationToken) {
+    index.follow(&db, &clock, &stop).await;
 }
 
 /// Writes down what was refused now and then, and once more in the end.
@@ -293,6 +305,10 @@ impl Http {
         if tokio::time::timeout(HTTP_STOP_WITHIN, &mut self.denials).await.is_err() {
             tracing::warn!("refused requests could not be written down in time");
             self.denials.abort();
+        }
+        if tokio::time::timeout(HTTP_STOP_WITHIN, &mut self.indexing).await.is_err() {
+            tracing::warn!("the index could not be committed in time; it catches up with the next start");
+            self.indexing.abort();
         }
     }
 }

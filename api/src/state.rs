@@ -10,6 +10,7 @@ use fleet_core::authority::Pki;
 use fleet_core::clock::Clock;
 use fleet_core::config::{Audit, Auth, Config, Http, Provisioning};
 use fleet_core::control::{self, Answers, Request};
+use fleet_core::index::Index;
 use fleet_core::token::Keys;
 use fleet_core::user::Logins;
 use prometheus::Registry;
@@ -41,6 +42,8 @@ pub struct App {
     pub(crate) audit: Arc<Audit>,
     pub(crate) denials: Denials,
     pub(crate) oidc: Option<Arc<Provider>>,
+    /// Log lines by what they say.
+    pub(crate) index: Option<Index>,
     /// `Strict-Transport-Security`, unless that is switched off.
     pub(crate) hsts: Option<HeaderValue>,
 }
@@ -82,8 +85,15 @@ impl App {
             audit,
             denials,
             oidc,
+            index: None,
             hsts,
         })
+    }
+
+    /// Lets log lines be searched.
+    #[must_use]
+    pub fn with_index(self, index: Index) -> Self {
+        Self { index: Some(index), ..self }
     }
 
     /// A transaction bound to nobody, for what is done before anybody has logged in; all else has `tx.rs`. Its statements

@@ -16,7 +16,7 @@ use sqlx::postgres::PgArguments;
 use sqlx::query::Query;
 use sqlx::{Connection, PgConnection, Postgres};
 
-pub use self::by_day::{DayDrop, Kind, Why, ensure_partitions, next_drop};
+pub use self::by_day::{DayDrop, Kind, Why, days_of, ensure_partitions, next_drop};
 use crate::config::Retention;
 use crate::id::TenantKey;
 use crate::{Result, audit, idempotency};

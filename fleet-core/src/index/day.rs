@@ -1,7 +1,9 @@
 //! A day of the index: a directory of tantivy.
 
 use std::fmt;
-use std::path::Path;
+use std::fs::File;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use chrono::{DateTime, Days, NaiveDate, NaiveTime};
@@ -9,6 +11,7 @@ use tantivy::directory::MmapDirectory;
 use tantivy::store::Compressor;
 use tantivy::{IndexReader, IndexSettings, ReloadPolicy, Searcher, TantivyError};
 
+use super::FOLLOWED;
 use super::schema::{FIELDS, tokenizers};
 use crate::Result;
 
@@ -23,7 +26,6 @@ pub enum Name {
 
 impl Name {
     /// That of a time, where days from `first` on have a directory each.
-    #[expect(dead_code, reason = "for what follows the rows")]
     pub(super) fn at(ts_ms: i64, first: NaiveDate) -> Self {
         let day = DateTime::from_timestamp_millis(ts_ms).map(|time| time.date_naive());
         day.filter(|day| *day >= first).map_or(Self::Other, Self::Of)
@@ -86,18 +88,70 @@ impl fmt::Debug for Day {
 
 /// The directories of days that there are.
 pub(super) fn names(dir: &Path) -> Result<Vec<Name>> {
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(TantivyError::from)? {
-        let entry = entry.map_err(TantivyError::from)?;
-        names.extend(entry.file_name().to_str().and_then(|name| name.parse::<Name>().ok()));
+    Ok(entries(dir)?.iter().filter_map(|name| name.parse().ok()).collect())
+}
+
+fn entries(dir: &Path) -> Result<Vec<String>> {
+    let entries =
+        std::fs::read_dir(dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>).map_err(TantivyError::from)?;
+    Ok(entries.into_iter().filter_map(|entry| entry.file_name().into_string().ok()).collect())
+}
+
+/// Where a day is made anew beside the one that is searched,
+pub(super) fn beside(dir: &Path, name: Name) -> PathBuf {
+    dir.join(format!("{name}.new"))
+}
+
+/// and where the old one goes, while the new one takes its place.
+fn behind(dir: &Path, name: Name) -> PathBuf {
+    dir.join(format!("{name}.old"))
+}
+
+/// Puts the day that was made anew in the place of the old one.
+pub(super) fn swap(dir: &Path, name: Name) -> Result<()> {
+    let (day, new, old) = (dir.join(name.to_string()), beside(dir, name), behind(dir, name));
+    let swapped = || {
+        std::fs::create_dir_all(&day)?;
+        std::fs::rename(&day, &old)?;
+        std::fs::rename(&new, &day)?;
+        File::open(dir)?.sync_all()?;
+        std::fs::remove_dir_all(&old)
+    };
+    Ok(swapped().map_err(TantivyError::from)?)
+}
+
+/// Ends what [`swap`] had begun, and clears away what was not finished before it.
+pub(super) fn heal(dir: &Path) -> Result<()> {
+    let names = entries(dir)?;
+    for old in names.iter().filter_map(|name| name.strip_suffix(".old")).filter_map(|name| name.parse::<Name>().ok()) {
+        if !dir.join(old.to_string()).exists() {
+            std::fs::rename(beside(dir, old), dir.join(old.to_string())).map_err(TantivyError::from)?;
+        }
+        remove(dir, &format!("{old}.old"))?;
     }
-    Ok(names)
+    for new in names.iter().filter(|name| name.ends_with(".new") && !name.starts_with(FOLLOWED)) {
+        remove(dir, new)?;
+    }
+    Ok(())
+}
+
+/// Removes a directory that may be there.
+pub(super) fn remove(dir: &Path, name: &str) -> Result<()> {
+    match std::fs::remove_dir_all(dir.join(name)) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(TantivyError::from(error).into()),
+        _ => Ok(()),
+    }
+}
+
+/// Bytes that a day's files take.
+pub(super) fn bytes(dir: &Path, name: Name) -> u64 {
+    let files = std::fs::read_dir(dir.join(name.to_string())).into_iter().flatten().flatten();
+    files.filter_map(|file| file.metadata().ok()).map(|file| file.len()).sum()
 }
 
 /// A day's directory, open for reading.
 #[derive(Clone)]
 pub(super) struct Opened {
-    #[expect(dead_code, reason = "for what follows the rows")]
     pub(super) index: tantivy::Index,
     pub(super) reader: IndexReader,
 }

@@ -11,7 +11,7 @@ use tantivy::schema::{
     FAST, Field, INDEXED, IndexRecordOption, JsonObjectOptions, NumericOptions, OwnedValue, Schema, TextFieldIndexing,
     TextOptions,
 };
-use tantivy::tokenizer::{RawTokenizer, TextAnalyzer, Token, TokenStream, Tokenizer, TokenizerManager};
+use tantivy::tokenizer::{TextAnalyzer, Token, TokenStream, Tokenizer, TokenizerManager};
 
 use crate::log::{Line, pattern};
 use crate::words::{Word, words};
@@ -96,8 +96,8 @@ fn indexing(tokenizer: &str, record: IndexRecordOption) -> TextFieldIndexing {
 
 /// The tokenizers that the fields name.
 pub fn tokenizers() -> TokenizerManager {
-    let manager = TokenizerManager::new();
-    manager.register(RAW, TextAnalyzer::from(RawTokenizer::default()));
+    // With those of tantivy: `raw` is among them, and `default`, which it wants for fields that have none.
+    let manager = TokenizerManager::default();
     manager.register(WORDS, TextAnalyzer::from(WordTokenizer));
     manager
 }

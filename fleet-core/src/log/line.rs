@@ -1,5 +1,6 @@
 //! Lines read back: by where they are, or all that a writer has stored behind a place.
 
+use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
 use sqlx::types::Json;
@@ -111,6 +112,18 @@ impl Line {
         last: i64,
         limit: usize,
     ) -> Result<Stretch> {
+        Self::read_within(db, writer, place, last, (None, None), limit).await
+    }
+
+    /// As [`Line::read_after`], of the lines from one time to before another.
+    pub async fn read_within(
+        db: &mut PgConnection,
+        writer: i16,
+        place: i64,
+        last: i64,
+        (from, to): (Option<DateTime<Utc>>, Option<DateTime<Utc>>),
+        limit: usize,
+    ) -> Result<Stretch> {
         let rows = sqlx::query_as!(
             Row,
             r#"
@@ -119,7 +132,11 @@ impl Line {
                    l.seq as "seq!", l.level as "level!", l.target, l.message as "message!", l.trace_id as trace,
                    l.fields as "fields: Json<Map<String, Value>>", l.cut as "cut!",
                    (extract(epoch from l.sent_at) * 1000)::bigint as sent_at_ms
-              from (select * from log where writer = $1 and place > $2 and place <= $3 order by place limit $4) l
+              from (select * from log
+                     where writer = $1 and place > $2 and place <= $3
+                       and ts >= coalesce($5, '-infinity'::timestamptz) and ts < coalesce($6, 'infinity'::timestamptz)
+                     order by place
+                     limit $4) l
          left join device d on d.key = l.device_key
              order by l.place
             "#,
@@ -127,6 +144,8 @@ impl Line {
             place,
             last,
             i64::try_from(limit).unwrap_or(i64::MAX),
+            from,
+            to,
         )
         .fetch_all(db)
         .await?;

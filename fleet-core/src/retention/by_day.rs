@@ -1,6 +1,6 @@
 //! What is kept by day: readings and log lines, each day in a partition of its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Days, NaiveDate, Utc};
 use serde::Serialize;
@@ -200,6 +200,11 @@ async fn make_day(db: &mut PgConnection, kind: Kind, day: NaiveDate) -> Result<(
     ddl(&mut tx, take).await?;
     ddl(&mut tx, format!("alter table {all} attach partition {table} for values from ('{from}') to ('{to}')")).await?;
     tx.commit().await
+}
+
+/// The days of a kind that have a partition.
+pub async fn days_of(db: &mut PgConnection, kind: Kind) -> Result<BTreeSet<NaiveDate>> {
+    Ok(Partitions::read(db, kind).await?.days.into_keys().collect())
 }
 
 /// What goes next and when; `None` when there is no day to drop.

@@ -228,6 +228,7 @@ async fn start_broker(
         keys: keys.clone(),
         pki: pki.clone(),
         provisioning: config.provisioning.clone(),
+        shadow: config.shadow.clone(),
         clock: clock.clone(),
         registry: registry.clone(),
     })

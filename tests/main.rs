@@ -23,6 +23,7 @@ mod readings;
 mod roles;
 mod sessions;
 mod settings;
+mod shadow;
 mod signin;
 mod sim;
 mod tenants;

@@ -58,6 +58,11 @@ impl Caller {
         Author { tenant: self.tenant, actor, source: self.source.clone() }
     }
 
+    /// Who calls, by id: of the API key, or of the user.
+    pub(crate) fn named(&self) -> String {
+        self.key.map_or_else(|| self.id.to_string(), |key| key.to_string())
+    }
+
     /// Who calls, with all rights.
     pub(crate) fn principal(&self) -> &Principal {
         &self.principal
@@ -195,6 +200,8 @@ rights!(
     DevicesWrite,
     CredentialsManage,
     TelemetryRead,
+    ShadowRead,
+    ShadowWrite,
     DeadLettersRead,
     ConnectionsRead,
     ConnectionsManage,

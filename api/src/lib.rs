@@ -34,7 +34,7 @@ use problem::Problem;
 use routes::{
     access, api_keys, audit, auth, authorities, bindings, certificates, claims, connections, credentials, dead_letters,
     decommissions, devices, docs, groups, import, login_failures, login_sessions, operations, passwords, provision,
-    roles, sessions, signing_keys, telemetry, tenants, totp, users,
+    roles, sessions, shadows, signing_keys, telemetry, tenants, totp, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -88,6 +88,7 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(provision::provision))
         .routes(routes!(telemetry::series))
         .routes(routes!(telemetry::latest))
+        .routes(routes!(shadows::read, shadows::change))
         .routes(routes!(dead_letters::list))
         .routes(routes!(sessions::list))
         .routes(routes!(sessions::read, sessions::end))
@@ -175,6 +176,7 @@ pub fn refusal(status: u16, kind: &'static str, detail: impl Into<String>) -> Re
         (name = "authorities", description = "Who signs the certificates of devices, and vouches for them"),
         (name = "claims", description = "By which devices ask to come in"),
         (name = "telemetry", description = "What devices say about themselves"),
+        (name = "shadow", description = "What devices are to be, and what they say they are"),
         (name = "dead-letters", description = "Payloads that could not be read"),
         (name = "sessions", description = "What outlives the connections of clients: subscriptions, and messages that wait"),
         (name = "users", description = "People who log in"),

@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 /// The media type of a problem.
 pub(crate) const MEDIA_TYPE: &str = "application/problem+json";
 /// Types of problems that say a bound was hit.
-pub(crate) const BOUNDS: [&str; 13] = [
+pub(crate) const BOUNDS: [&str; 14] = [
     "login-locked",
     "body-too-large",
     "busy",
@@ -28,6 +28,7 @@ pub(crate) const BOUNDS: [&str; 13] = [
     "too-many-rows",
     "rate-limited",
     "provision-full",
+    "shadow-too-large",
 ];
 /// When to come back after a 429 or 503 that does not know better, in seconds.
 const RETRY_AFTER_S: u64 = 1;
@@ -233,6 +234,9 @@ impl From<Error> for Problem {
     fn from(error: Error) -> Self {
         let (status, kind) = match &error {
             Error::NoSuchDevice(_) => (404, "no-such-device"),
+            Error::ShadowConflict { .. } => (409, "shadow-conflict"),
+            Error::ShadowTooLarge { .. } => (413, "shadow-too-large"),
+            Error::ShadowForgotten => (404, "shadow-forgotten"),
             Error::NoSuchTenant(_) => (404, "no-such-tenant"),
             Error::TenantExists(_) => (409, "tenant-exists"),
             Error::NoSuchAuditEntry(_) => (404, "no-such-audit-entry"),

@@ -24,6 +24,7 @@ pub(crate) mod passwords;
 pub(crate) mod provision;
 pub(crate) mod roles;
 pub(crate) mod sessions;
+pub(crate) mod shadows;
 pub(crate) mod signing_keys;
 pub(crate) mod telemetry;
 pub(crate) mod tenants;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::http::HeaderValue;
 use fleet_core::authority::Pki;
 use fleet_core::clock::Clock;
-use fleet_core::config::{Audit, Auth, Config, Http, Provisioning};
+use fleet_core::config::{Audit, Auth, Config, Http, Provisioning, Shadow};
 use fleet_core::control::{self, Answers, Request};
 use fleet_core::index::Index;
 use fleet_core::token::Keys;
@@ -39,6 +39,7 @@ pub struct App {
     pub(crate) http: Arc<Http>,
     pub(crate) auth: Arc<Auth>,
     pub(crate) provisioning: Arc<Provisioning>,
+    pub(crate) shadow: Arc<Shadow>,
     pub(crate) audit: Arc<Audit>,
     pub(crate) denials: Denials,
     pub(crate) oidc: Option<Arc<Provider>>,
@@ -66,6 +67,7 @@ impl App {
         let logins = Logins::new(config.auth.login_concurrency);
         let (http, auth) = (Arc::new(config.http.clone()), Arc::new(config.auth.clone()));
         let provisioning = Arc::new(config.provisioning.clone());
+        let shadow = Arc::new(config.shadow.clone());
         let (audit, denials) = (Arc::new(config.audit.clone()), Denials::default());
         let hsts = HeaderValue::from_str(&format!("max-age={}; includeSubDomains", http.hsts_s)).ok();
         let hsts = hsts.filter(|_| http.hsts_s > 0);
@@ -82,6 +84,7 @@ impl App {
             http,
             auth,
             provisioning,
+            shadow,
             audit,
             denials,
             oidc,

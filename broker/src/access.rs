@@ -16,7 +16,7 @@ use fleet_core::control::{self, Verdict};
 use fleet_core::credential::{self, Offer};
 use fleet_core::directory::Directory;
 use fleet_core::gateway::Children;
-use fleet_core::id::{DeviceId, TenantId, TenantKey};
+use fleet_core::id::{DeviceId, DeviceKey, TenantId, TenantKey};
 use fleet_core::policy::{Guard, Principal, TopicRules, Who};
 use fleet_core::token::{self, Keys};
 use fleet_core::topic::{Channel, DeviceTopic, ROOT};
@@ -239,6 +239,8 @@ pub(crate) enum Route {
     Status(Arc<Sender>),
     /// A signing request of this device: answered, and acknowledged after the certificate is stored.
     Renewal(Arc<Sender>),
+    /// What this device asks or says about its shadow: answered, and acknowledged after what it says is stored.
+    Shadow(Arc<Sender>),
     /// A request to come in, by whoever shows the secret of a claim: answered, and acknowledged after what comes of it is stored.
     Provision,
     /// Handed to whoever subscribes.
@@ -310,8 +312,12 @@ impl Rights {
             Channel::Logs => Route::Logs,
             Channel::Status => Route::Status,
             Channel::CertificateRenewal => Route::Renewal,
+            Channel::ShadowGet | Channel::ShadowUpdate => Route::Shadow,
             Channel::Other(rest) if rest.starts_with("certificates/") => {
                 return Err("what is said about certificates is the server's own");
+            }
+            Channel::Other(rest) if rest.starts_with("shadow/") => {
+                return Err("what is said about a shadow is the server's own");
             }
             _ => return Ok(Route::Live),
         };
@@ -321,6 +327,14 @@ impl Rights {
         }
         let sender = child.map(Arc::new).or_else(|| self.sender.clone());
         sender.map(stored).ok_or("only the device itself may publish on this topic")
+    }
+
+    /// The device, or the child of a gateway, that a filter is about, and which of its topics.
+    pub(crate) fn about<'a>(&self, filter: &'a str) -> Option<(DeviceKey, &'a str)> {
+        let own = self.sender.as_ref()?;
+        let DeviceTopic { device, channel, .. } = DeviceTopic::parse(filter)?;
+        let key = if device == own.id.as_str() { own.device } else { self.child(filter)?.device };
+        Some((key, channel.as_str()))
     }
 
     /// The child that a topic or a filter is about.

@@ -31,6 +31,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::Shared;
 use crate::access::Rights;
+use crate::dispatch::Arrived;
 use crate::handshake::{self, Admitted, count_violation, say_goodbye};
 use crate::inflight::Inflight;
 use crate::ingest::{Item, What};
@@ -333,6 +334,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         connection.send(Outgoing::ConnAck(&admitted.answer));
         connection.is_greeted = !connection.is_unanswered;
         connection.see(Change::connected);
+        let found = connection.durable.as_ref().map(|session| session.subscriptions()).unwrap_or_default();
+        connection.look_for_news(found.into_iter().map(|(filter, _)| filter).collect());
         connection
     }
 
@@ -515,14 +518,30 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Hands a change of the session to the store; when that has no room, nothing is read until it has.
     fn keep(&mut self, op: Op) {
         let shared = self.shared.clone();
-        if let Some(stalled) = self.stalled.take() {
-            self.stalled = Some(Box::pin(async move {
-                stalled.await;
-                shared.store.wait(op).await;
-            }));
+        if self.stalled.is_some() {
+            self.stall(async move { shared.store.wait(op).await });
         } else if let Err(op) = self.shared.store.offer(op) {
-            self.stalled = Some(Box::pin(async move { shared.store.wait(op).await }));
+            self.stall(async move { shared.store.wait(op).await });
         }
+    }
+
+    /// Has a device sent what waits for it; when too many have come, nothing is read until there is room.
+    fn announce(&mut self, arrived: Arrived) {
+        if let Err(arrived) = self.shared.dispatch.offer(arrived) {
+            let shared = self.shared.clone();
+            self.stall(async move { shared.dispatch.wait(arrived).await });
+        }
+    }
+
+    /// Nothing is read until this is done, after all that is waited for already.
+    fn stall(&mut self, waiting: impl Future<Output = ()> + Send + 'static) {
+        self.stalled = Some(match self.stalled.take() {
+            Some(stalled) => Box::pin(async move {
+                stalled.await;
+                waiting.await;
+            }),
+            None => Box::pin(waiting),
+        });
     }
 
     fn send(&mut self, packet: Outgoing<'_>) {

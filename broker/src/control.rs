@@ -144,6 +144,7 @@ async fn pass_on(shared: &Shared, db: &PgPool) -> Result<(), sqlx::Error> {
         // What came before it listened is seen at the next look anyway.
         listener.recv().await?;
         shared.control.wake.notify_one();
+        shared.dispatch.wake();
     }
 }
 

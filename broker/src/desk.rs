@@ -36,8 +36,8 @@ pub(crate) trait Clerk: Send + 'static {
     /// Whether the request itself is handed to whoever subscribes.
     const IS_ROUTED: bool;
 
-    /// Does what is asked, and answers.
-    fn answer(&self, by: &Self::By, asked: &Publish) -> impl Future<Output = Publish> + Send;
+    /// Does what is asked, and answers where there is something to say.
+    fn answer(&self, by: &Self::By, asked: &Publish) -> impl Future<Output = Option<Publish>> + Send;
 }
 
 /// What is asked, by whom, and who waits for its end.
@@ -100,8 +100,9 @@ pub(crate) fn open<C: Clerk>(clerk: C, room: &Room, store: Store, metrics: Metri
 async fn serve<C: Clerk>(clerk: C, mut requests: mpsc::Receiver<Held<Asked<C::By>>>, store: Store, metrics: Metrics) {
     while let Some(held) = requests.recv().await {
         let Asked { by, mut incoming, _until_dropped } = held.item;
-        let answer = clerk.answer(&by, &incoming.publish).await;
-        store.publish(Incoming::plain(answer)).await;
+        if let Some(answer) = clerk.answer(&by, &incoming.publish).await {
+            store.publish(Incoming::plain(answer)).await;
+        }
         metrics.acknowledged.inc_by(u64::from(incoming.receipt.is_some()));
         // A request is for this moment: nobody is to find it later.
         incoming.publish.retain = false;

@@ -12,7 +12,8 @@
 //! | the subscription tree, and retained messages | `router.rs`, `retained.rs` |
 //! | who may connect, and on which topics | `access.rs`, many at once by `batch.rs` |
 //! | queue → writer → database → acknowledgement | `ingest.rs` |
-//! | requests that are answered on a topic | `desk.rs`: `renewal.rs` (certificates), `provisioning.rs` (to come in) |
+//! | requests that are answered on a topic | `desk.rs`: `renewal.rs` (certificates), `provisioning.rs` (to come in), `shadows.rs` (what devices are) |
+//! | rows that wait for devices, as messages | `dispatch.rs` |
 //! | who is connected, and what they are told from outside | `presence.rs` |
 //! | changed rights, questions of operators | `control.rs` |
 //! | what one client sends and is sent, as text | `trace.rs` |
@@ -30,6 +31,7 @@ mod batch;
 mod connection;
 mod control;
 mod desk;
+mod dispatch;
 mod events;
 mod flapping;
 mod guessing;
@@ -52,6 +54,7 @@ mod retained;
 mod router;
 mod rows;
 mod session;
+mod shadows;
 mod store;
 mod stream;
 mod sys;
@@ -86,6 +89,7 @@ use access::Access;
 use admission::Admission;
 use control::{Control, Controlling};
 use desk::{Desk, Serving};
+use dispatch::Dispatch;
 use events::Events;
 use identity::Certificates;
 use ingest::Ingest;
@@ -97,6 +101,7 @@ use retained::Retained;
 use router::Router;
 use rows::Now;
 use session::Sessions;
+use shadows::{Keeper, Shadows};
 use store::Store;
 use tls::Tls;
 use trace::Traces;
@@ -128,6 +133,8 @@ pub struct Parts {
     pub pki: Pki,
     /// How devices come in.
     pub provisioning: config::Provisioning,
+    /// Bounds of what devices are to be, and say they are.
+    pub shadow: config::Shadow,
     /// The time.
     pub clock: Clock,
     /// Where the metrics are registered.
@@ -171,12 +178,37 @@ struct Shared {
     ingest: Ingest,
     renewals: Desk<renewal::By>,
     provisioning: Desk<provisioning::By>,
+    shadows: Shadows,
+    dispatch: Dispatch,
     metrics: Metrics,
     events: Events,
     presences: Presences,
     traces: Traces,
     control: Control,
     clock: Clock,
+}
+
+/// The ways in to whoever answers requests on a topic.
+struct Desks {
+    renewals: Desk<renewal::By>,
+    provisioning: Desk<provisioning::By>,
+    shadows: Shadows,
+}
+
+fn open_desks(parts: &Parts, store: &Store, metrics: &Metrics) -> (Desks, Vec<Serving>) {
+    let given = || (parts.db.clone(), parts.clock.clone(), metrics.clone());
+    let (db, clock, m) = given();
+    let (shadows, mut serving) = Keeper { settings: parts.shadow.clone(), db, clock, metrics: m }.open(store);
+    let (db, clock, m) = given();
+    let renewals = Renewals { pki: parts.pki.clone(), db, clock, metrics: m };
+    let room = renewals.room();
+    let (renewals, renewing) = desk::open(renewals, &room, store.clone(), metrics.clone());
+    let (db, clock, m) = given();
+    let provisioning = Provisioning { settings: parts.provisioning.clone(), db, clock, metrics: m };
+    let room = provisioning.room();
+    let (provisioning, letting_in) = desk::open(provisioning, &room, store.clone(), metrics.clone());
+    serving.extend([renewing, letting_in]);
+    (Desks { renewals, provisioning, shadows }, serving)
 }
 
 /// A running broker.
@@ -192,7 +224,9 @@ pub struct Broker {
     /// What the broker tells of itself, unless that is off.
     telling: Option<JoinHandle<()>>,
     writers: ingest::Writers,
-    desks: [Serving; 2],
+    /// What sends news to devices.
+    dispatching: JoinHandle<()>,
+    desks: Vec<Serving>,
     storing: store::Storing,
     events: events::Writing,
 }
@@ -235,14 +269,9 @@ impl Broker {
             events: events.clone(),
         });
         let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &store, &metrics);
-        let (db, clock) = (parts.db.clone(), parts.clock.clone());
-        let renewals = Renewals { pki: parts.pki.clone(), db, clock, metrics: metrics.clone() };
-        let room = renewals.room();
-        let (renewals, renewing) = desk::open(renewals, &room, store.clone(), metrics.clone());
-        let (db, clock) = (parts.db.clone(), parts.clock.clone());
-        let provisioning = Provisioning { settings: parts.provisioning, db, clock, metrics: metrics.clone() };
-        let room = provisioning.room();
-        let (provisioning, letting_in) = desk::open(provisioning, &room, store.clone(), metrics.clone());
+        let (Desks { renewals, provisioning, shadows }, desks) = open_desks(&parts, &store, &metrics);
+        let (dispatch, arrived) = Dispatch::new(metrics.clone());
+        let news = parts.db.clone();
         let certificates = Certificates::new(parts.db.clone(), parts.clock.clone(), tls.clone(), parts.pki.settings());
         let shared = Arc::new(Shared {
             access: Access::new(
@@ -263,6 +292,8 @@ impl Broker {
             ingest,
             renewals,
             provisioning,
+            shadows,
+            dispatch,
             traces: Traces::new(parts.mqtt.max_traces, parts.clock.clone(), metrics.clone()),
             settings: parts.mqtt,
             clock: parts.clock,
@@ -272,6 +303,7 @@ impl Broker {
             control: Control::default(),
         });
         restore::go_on(&shared, restored, now).await;
+        let dispatching = tokio::spawn(dispatch::run(shared.clone(), news, arrived));
         let keeping_time = tokio::spawn(restore::keep_time(shared.clone()));
         let controlling = control::start(&shared, &parts.writer_options).await?;
         let telling = Duration::from_secs(shared.settings.sys_interval_s);
@@ -296,7 +328,8 @@ impl Broker {
             controlling,
             telling,
             writers,
-            desks: [renewing, letting_in],
+            dispatching,
+            desks,
             storing,
             events: writing,
         })
@@ -339,7 +372,7 @@ impl Broker {
             tracing::warn!("some connections did not end in time");
         }
         // What holds the way to the writers and the store must be gone, for them to end.
-        for task in self.telling.into_iter().chain([self.keeping_time]) {
+        for task in self.telling.into_iter().chain([self.keeping_time, self.dispatching]) {
             task.abort();
             let _ = task.await;
         }

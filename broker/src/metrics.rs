@@ -1,5 +1,7 @@
 //! What the broker counts. Labels are closed sets; a device or topic is never a label.
 
+mod told;
+
 use std::ops::Deref;
 use std::sync::Arc;
 
@@ -8,6 +10,8 @@ use fleet_core::issuing::Code;
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 use crate::wire::Reason;
+
+pub(crate) use self::told::Told;
 
 /// The broker's metrics; cloning shares them.
 #[derive(Clone, Debug)]
@@ -88,6 +92,8 @@ pub struct Meters {
     pub renewals: IntCounterVec,
     /// Requests of devices to come in by a claim, by what became of that.
     pub provision: IntCounterVec,
+    /// What is counted of what devices are told and say for themselves.
+    pub(crate) told: Told,
     /// Messages a batch.
     pub batch_size: Histogram,
     /// From the first message of a batch to its COMMIT, in seconds.
@@ -183,10 +189,14 @@ pub(crate) enum Limit {
     Claimants,
     /// `provisioning.request_queue`: the socket was not read for a while
     ProvisioningQueue,
+    /// `shadow.request_queue`: the socket was not read for a while
+    ShadowQueue,
+    /// Devices that came to listen all at once: the socket was not read for a while
+    DispatchQueue,
 }
 
 impl Limit {
-    const ALL: [Self; 32] = [
+    const ALL: [Self; 34] = [
         Self::Connections,
         Self::PacketBytes,
         Self::ReceiveMaximum,
@@ -218,6 +228,8 @@ impl Limit {
         Self::Traces,
         Self::RenewalQueue,
         Self::ProvisioningQueue,
+        Self::ShadowQueue,
+        Self::DispatchQueue,
         Self::Claimants,
     ];
 
@@ -254,6 +266,8 @@ impl Limit {
             Self::Traces => "traces",
             Self::RenewalQueue => "renewal_queue",
             Self::ProvisioningQueue => "provisioning_queue",
+            Self::ShadowQueue => "shadow_queue",
+            Self::DispatchQueue => "dispatch_queue",
             Self::Claimants => "claimants",
         }
     }
@@ -338,6 +352,7 @@ impl Meters {
             duplicates: IntCounter::new("muster_ingest_readings_duplicate_total", "Readings that were stored already")?,
             dead_letters: IntCounter::new("muster_ingest_dead_letters_total", "Payloads that could not be read")?,
             provision: counters("muster_mqtt_provision_total", "Claim requests, by outcome", "outcome")?,
+            told: Told::new()?,
             renewals: counters(
                 "muster_certificate_renewals_total",
                 "Certificates that devices asked for, by outcome",
@@ -420,6 +435,7 @@ impl Meters {
         registry.register(Box::new(self.dead_letters.clone()))?;
         registry.register(Box::new(self.renewals.clone()))?;
         registry.register(Box::new(self.provision.clone()))?;
+        self.told.register(registry)?;
         registry.register(Box::new(self.batch_size.clone()))?;
         registry.register(Box::new(self.commit_seconds.clone()))?;
         registry.register(Box::new(self.retries.clone()))?;

@@ -20,7 +20,7 @@ use serde_json::Value;
 
 use crate::listener::Transport;
 use crate::mailbox::Mailbox;
-use crate::session::SessionName;
+use crate::session::{SessionName, SubscriberId};
 use crate::trace::Trace;
 use crate::wire::{Reason, Version};
 
@@ -92,6 +92,8 @@ pub(crate) struct Particulars {
     pub(crate) keep_alive_s: Option<u16>,
     pub(crate) session_expiry_s: u32,
     pub(crate) mailbox: Arc<Mailbox>,
+    /// Its name in the router.
+    pub(crate) subscriber: SubscriberId,
 }
 
 /// An open connection, as others see it.
@@ -108,6 +110,7 @@ pub(crate) struct Presence {
     keep_alive_s: Option<u16>,
     session_expiry_s: u32,
     mailbox: Arc<Mailbox>,
+    subscriber: SubscriberId,
     pub(crate) counts: Counts,
     orders: Mutex<Vec<Order>>,
     has_orders: AtomicBool,
@@ -128,6 +131,7 @@ impl Presence {
             keep_alive_s: particulars.keep_alive_s,
             session_expiry_s: particulars.session_expiry_s,
             mailbox: particulars.mailbox,
+            subscriber: particulars.subscriber,
             counts: Counts::default(),
             orders: Mutex::default(),
             has_orders: AtomicBool::new(false),
@@ -137,6 +141,11 @@ impl Presence {
     /// The session it holds.
     pub(crate) fn session(&self) -> &SessionName {
         &self.session
+    }
+
+    /// Its name in the router.
+    pub(crate) fn subscriber(&self) -> SubscriberId {
+        self.subscriber
     }
 
     /// Where it comes from.
@@ -296,6 +305,7 @@ mod tests {
             keep_alive_s: None,
             session_expiry_s: 0,
             mailbox: mailbox(),
+            subscriber: 1,
         })
     }
 

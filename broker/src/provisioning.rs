@@ -77,7 +77,7 @@ impl Clerk for Provisioning {
     /// What a device says here is nobody else's.
     const IS_ROUTED: bool = false;
 
-    async fn answer(&self, by: &By, asked: &Publish) -> Publish {
+    async fn answer(&self, by: &By, asked: &Publish) -> Option<Publish> {
         let topic = response_topic(&by.claimant.tenant_id, by.asker.as_str());
         let elsewhere = asked.properties.as_ref().and_then(|properties| properties.response_topic.as_ref());
         let request = match elsewhere {
@@ -95,6 +95,6 @@ impl Clerk for Provisioning {
         tracing::info!(claim.id = %by.claimant.claim, outcome = answer.outcome(), "a device asked to come in");
         let request = request.as_ref();
         let body = answer.message(request.map(|request| &request.id), request.map(|request| request.nonce.as_str()));
-        desk::answer(asked, topic, &body)
+        Some(desk::answer(asked, topic, &body))
     }
 }

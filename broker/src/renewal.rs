@@ -50,7 +50,7 @@ impl Clerk for Renewals {
     type By = By;
     const IS_ROUTED: bool = true;
 
-    async fn answer(&self, by: &By, asked: &Publish) -> Publish {
+    async fn answer(&self, by: &By, asked: &Publish) -> Option<Publish> {
         let renewal = match issuing::Request::decode(&asked.payload, self.pki.settings().max_csr_bytes) {
             Ok(csr) => desk::until_committed(&self.metrics, || self.renew(by, &csr)).await.unwrap_or_else(|error| {
                 tracing::error!(%error, device.id = %by.sender.id, "a certificate could not be renewed");
@@ -65,7 +65,7 @@ impl Clerk for Renewals {
         };
         tracing::info!(device.id = %by.sender.id, outcome, "a device asked for a certificate");
         self.metrics.renewals.with_label_values(&[outcome]).inc();
-        desk::answer(asked, format!("{}/{answer}", asked.topic), &body)
+        Some(desk::answer(asked, format!("{}/{answer}", asked.topic), &body))
     }
 }
 

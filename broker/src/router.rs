@@ -306,6 +306,15 @@ impl Router {
         removed
     }
 
+    /// Whether this session has a subscription that matches the topic, alone or in a group.
+    pub(crate) fn hears(&self, topic: &str, id: SubscriberId) -> bool {
+        let tree = self.tree.read();
+        let mut found = Found::default();
+        tree.visit(Some(topic), true, &mut found);
+        let in_groups = found.groups.iter().flat_map(|group| &group.members);
+        found.each.iter().copied().chain(in_groups).any(|subscriber| subscriber.id == id)
+    }
+
     /// What a subscription must not receive after all has changed.
     pub(crate) fn set_guard(&self, filter: &str, id: SubscriberId, guard: Option<Guard>) {
         let set = |members: &mut Vec<Subscriber>| {

@@ -33,6 +33,7 @@ pub struct Config {
     pub tls: Tls,
     pub admission: Admission,
     pub ingest: Ingest,
+    pub shadow: Shadow,
     pub database: Database,
     pub auth: Auth,
     pub oidc: Oidc,
@@ -364,6 +365,29 @@ impl Oidc {
     }
 }
 
+/// `[shadow]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Shadow {
+    pub max_bytes: usize,
+    pub max_depth: usize,
+    pub history_versions: u32,
+    pub request_queue: usize,
+}
+
+impl Shadow {
+    /// Rules that types do not carry.
+    fn rules(&self) -> [(bool, &'static str); 4] {
+        [
+            ((1..=1_048_576).contains(&self.max_bytes), "shadow.max_bytes: expected 1 to 1048576"),
+            ((1..=64).contains(&self.max_depth), "shadow.max_depth: expected 1 to 64"),
+            ((1..=10_000).contains(&self.history_versions), "shadow.history_versions: expected 1 to 10000"),
+            (self.request_queue > 0, "shadow.request_queue: expected at least 1"),
+        ]
+    }
+}
+
 /// `[retention]`
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -687,6 +711,7 @@ impl Config {
             .iter()
             .chain(&self.admission.rules())
             .chain(&self.oidc.rules())
+            .chain(&self.shadow.rules())
             .chain(&self.certificates.rules())
             .chain(&self.search.rules())
             .find(|(holds, _)| !holds)

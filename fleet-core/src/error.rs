@@ -33,6 +33,27 @@ pub enum Error {
         /// The version that is stored.
         found: i64,
     },
+    /// The shadow was changed since the version that the change is about.
+    #[error("the shadow has changed since: expected version {expected}, found {found}")]
+    ShadowConflict {
+        /// The version the change is about.
+        expected: i64,
+        /// The version it has.
+        found: i64,
+    },
+    /// One side of the shadow would be too large.
+    #[error("{side} would have {bytes} bytes: expected at most {most}")]
+    ShadowTooLarge {
+        /// Which side.
+        side: &'static str,
+        /// As JSON.
+        bytes: usize,
+        /// The bound.
+        most: usize,
+    },
+    /// So old versions are not kept.
+    #[error("what the shadow was then is not kept any more: ask for a later time")]
+    ShadowForgotten,
     /// No tenant of that name.
     #[error("tenant {0} does not exist")]
     NoSuchTenant(TenantId),

@@ -19,6 +19,7 @@
 //! | lines that devices write | [`log`], found by [`search`] in their [`index`] |
 //! | the newest value of each metric, and gaps in sequence numbers | [`latest`] |
 //! | payloads that could not be read | [`dead_letter`] |
+//! | what a device is to be, and says it is | [`shadow`]; news on their way to devices: [`dispatch`] |
 //! | people, their passwords, access tokens and the keys of those | [`user`], [`token`], [`signing_key`] |
 //! | logins and their refresh tokens | [`login_session`] |
 //! | what a password must be, and one-time links to a new one | [`password`], [`password_reset`] |
@@ -64,6 +65,7 @@ pub mod decommission;
 pub mod device;
 pub mod difference;
 pub mod directory;
+pub mod dispatch;
 pub mod error;
 pub mod explain;
 mod filter_set;
@@ -94,6 +96,7 @@ pub mod seal;
 pub mod search;
 pub mod selector;
 pub mod session;
+pub mod shadow;
 pub mod signing_key;
 mod standing;
 pub mod status;

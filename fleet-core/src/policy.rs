@@ -85,6 +85,11 @@ permissions! {
     TelemetryRead = "telemetry:read", Devices, [(Subscribe, "telemetry"), (Subscribe, "events")];
     /// see log lines
     LogsRead = "logs:read", Devices, [(Subscribe, "logs")];
+    /// see what devices are to be and say they are
+    ShadowRead = "shadow:read", Devices,
+        [(Subscribe, "shadow/update/accepted"), (Subscribe, "shadow/update/delta")];
+    /// change what devices are to be, the level of their logs included
+    ShadowWrite = "shadow:write", Devices, [];
     /// send commands to devices and see what becomes of them
     CommandsSend = "commands:send", Devices,
         [(All, "commands/+/request"), (Subscribe, "commands/+/response")];
@@ -214,6 +219,8 @@ impl Role {
                 P::CredentialsManage,
                 P::TelemetryRead,
                 P::LogsRead,
+                P::ShadowRead,
+                P::ShadowWrite,
                 P::CommandsSend,
                 P::DeadLettersRead,
                 P::ConnectionsRead,
@@ -224,6 +231,7 @@ impl Role {
                 P::DevicesRead,
                 P::TelemetryRead,
                 P::LogsRead,
+                P::ShadowRead,
                 P::UpdatesDeploy,
                 P::UpdatesApprove,
                 P::ConnectionsRead,
@@ -232,11 +240,12 @@ impl Role {
                 P::DevicesRead,
                 P::TelemetryRead,
                 P::LogsRead,
+                P::ShadowRead,
                 P::DeadLettersRead,
                 P::ConnectionsRead,
                 P::ConnectionsManage,
             ],
-            Self::Viewer => &[P::DevicesRead, P::TelemetryRead, P::LogsRead],
+            Self::Viewer => &[P::DevicesRead, P::TelemetryRead, P::LogsRead, P::ShadowRead],
             Self::Auditor => &[P::DevicesRead, P::AuditRead],
             Self::Device => &[],
             Self::Custom(role) => &role.permissions,

@@ -43,6 +43,10 @@ pub enum Channel<'a> {
     Events,
     /// `certificates/renew`: a signing request.
     CertificateRenewal,
+    /// `shadow/get`: what a device is to be is asked for.
+    ShadowGet,
+    /// `shadow/update`: what a device says it is.
+    ShadowUpdate,
     /// Anything else below the device, as it stands.
     Other(&'a str),
 }
@@ -55,6 +59,8 @@ impl<'a> Channel<'a> {
             "logs" => Self::Logs,
             "events" => Self::Events,
             "certificates/renew" => Self::CertificateRenewal,
+            "shadow/get" => Self::ShadowGet,
+            "shadow/update" => Self::ShadowUpdate,
             other => Self::Other(other),
         }
     }
@@ -67,6 +73,8 @@ impl<'a> Channel<'a> {
             Self::Logs => "logs",
             Self::Events => "events",
             Self::CertificateRenewal => "certificates/renew",
+            Self::ShadowGet => "shadow/get",
+            Self::ShadowUpdate => "shadow/update",
             Self::Other(rest) => rest,
         }
     }
@@ -189,6 +197,9 @@ mod tests {
         assert_eq!(channel("fleet/v1/t/d/events"), Some(Channel::Events));
         assert_eq!(channel("fleet/v1/t/d/certificates/renew"), Some(Channel::CertificateRenewal));
         assert_eq!(channel("fleet/v1/t/d/certificates/renew/x"), Some(Channel::Other("certificates/renew/x")));
+        assert_eq!(channel("fleet/v1/t/d/shadow/get"), Some(Channel::ShadowGet));
+        assert_eq!(channel("fleet/v1/t/d/shadow/update"), Some(Channel::ShadowUpdate));
+        assert_eq!(channel("fleet/v1/t/d/shadow/update/delta"), Some(Channel::Other("shadow/update/delta")));
         assert_eq!(channel("fleet/v1/t/d/telemetry/x"), Some(Channel::Other("telemetry/x")));
         for not_a_device in
             ["fleet/v1/t/d", "fleet/v1/t/d/", "fleet/v1/t//status", "fleet/v2/t/d/status", "fleet/v1/t/_d/x"]

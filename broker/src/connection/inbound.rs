@@ -89,6 +89,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Ok(Route::Logs(sender)) => self.store(sender, publish, What::Logs),
             Ok(Route::Status(sender)) => self.store(sender, publish, What::Status),
             Ok(Route::Renewal(sender)) => self.renew(sender, &publish),
+            Ok(Route::Shadow(sender)) => self.ask_shadow(sender, &publish),
             Ok(Route::Provision) => self.provision(&publish),
             Ok(Route::Live) => self.pass_on(publish),
             Err(text) => return self.deny(publish, text),
@@ -177,6 +178,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let (by, incoming) = (renewal::By { sender, proof, address }, self.incoming(publish.detached()));
         let shared = self.shared.clone();
         self.stalled = Some(Box::pin(async move { shared.renewals.ask(by, incoming).await }));
+    }
+
+    /// Hands what a device says or asks about its shadow to whoever answers it; nothing is read until it is answered.
+    fn ask_shadow(&mut self, sender: Arc<Sender>, publish: &Publish) {
+        let incoming = self.incoming(publish.detached());
+        let shared = self.shared.clone();
+        self.stalled = Some(Box::pin(async move { shared.shadows.ask(sender, incoming).await }));
     }
 
     /// Hands a request to come in to whoever answers it; nothing is read until it is answered.

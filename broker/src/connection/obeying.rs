@@ -37,6 +37,7 @@ pub(super) fn enter<S>(
         keep_alive_s: admitted.keep_alive_s,
         session_expiry_s: opened.expiry_s,
         mailbox: mailbox.clone(),
+        subscriber: opened.durable.as_ref().map_or(arrival.number, |session| session.number),
     }));
     shared.control.entered(admitted.epoch);
     presence

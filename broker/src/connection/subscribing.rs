@@ -3,12 +3,15 @@
 use std::collections::VecDeque;
 
 use bytestring::ByteString;
+use fleet_core::dispatch::Kind;
 use fleet_core::policy::Guard;
+use fleet_core::topic::matches;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{Connection, Later};
 use crate::Shared;
 use crate::access::Rights;
+use crate::dispatch::{self, Arrived};
 use crate::mailbox::{Delivery, Receipt, Settled};
 use crate::metrics::Limit;
 use crate::retained::Walk;
@@ -48,6 +51,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let text = reasons.contains(&Reason::NotAuthorized).then_some("subscribing to this filter is not allowed");
         let granted: Vec<_> = answers.into_iter().flatten().collect();
         self.tell_subscriptions();
+        self.look_for_news(granted.iter().map(|granted| granted.filter.clone()).collect());
         let Some(session) = self.durable.clone().filter(|_| !granted.is_empty()) else {
             self.send(Outgoing::SubAck { packet_id, reasons: &reasons, reason_string: text });
             self.feeds.extend(granted.into_iter().filter(|granted| granted.is_due).map(|granted| granted.feed(false)));
@@ -59,6 +63,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.later.push_back(Later::SubAck { packet_id, reasons, text });
         self.keep(Op::Subscribe { session, filters, retained, receipt });
         self.feeds.extend(granted.into_iter().filter(|granted| granted.is_due).map(|granted| granted.feed(true)));
+    }
+
+    /// A device listens on these filters now: has it sent what waits for it, or for those it acts for.
+    pub(super) fn look_for_news(&mut self, filters: Vec<ByteString>) {
+        for filter in filters {
+            let group = GroupKey::parse(&filter);
+            let topics = group.as_ref().map_or(&*filter, |group| &group.filter);
+            let Some((device, below)) = self.rights.about(topics) else { continue };
+            for kind in [Kind::Shadow, Kind::Command] {
+                if matches(below, dispatch::sample(kind)) {
+                    self.announce(Arrived { device, kind });
+                }
+            }
+        }
     }
 
     /// Grants one filter, or says why not.

@@ -29,6 +29,10 @@ pub(super) enum Part {
     Log,
     DeviceLatest,
     DeviceStatus,
+    Shadow,
+    ShadowHistory,
+    LogLevel,
+    Dispatch,
     SessionMessage,
     SessionReceived,
     SessionSubscription,
@@ -43,8 +47,15 @@ pub(super) enum Part {
 }
 
 /// Of any device that has left.
-const ALWAYS: &[Part] =
-    &[Part::SessionMessage, Part::SessionReceived, Part::SessionSubscription, Part::Session, Part::RetainedMessage];
+const ALWAYS: &[Part] = &[
+    Part::SessionMessage,
+    Part::SessionReceived,
+    Part::SessionSubscription,
+    Part::Session,
+    Part::RetainedMessage,
+    Part::LogLevel,
+    Part::Dispatch,
+];
 /// Of one that is purged, what there is most of first.
 const PURGE: &[Part] = &[
     Part::Telemetry,
@@ -57,6 +68,10 @@ const PURGE: &[Part] = &[
     Part::DeadLetter,
     Part::ConnectionEvent,
     Part::ClaimRequest,
+    Part::ShadowHistory,
+    Part::Shadow,
+    Part::LogLevel,
+    Part::Dispatch,
     Part::DeviceLatest,
     Part::DeviceStatus,
     Part::Credential,
@@ -75,6 +90,10 @@ impl Part {
             Self::Log => "log",
             Self::DeviceLatest => "device_latest",
             Self::DeviceStatus => "device_status",
+            Self::Shadow => "shadow",
+            Self::ShadowHistory => "shadow_history",
+            Self::LogLevel => "log_level",
+            Self::Dispatch => "dispatch",
             Self::SessionMessage => "session_message",
             Self::SessionReceived => "session_received",
             Self::SessionSubscription => "session_subscription",
@@ -111,6 +130,25 @@ impl Part {
             }
             Self::DeviceStatus => {
                 sqlx::query!("delete from device_status where device_key = $1", target.key.0).execute(db).await?
+            }
+            Self::Shadow => sqlx::query!("delete from shadow where device_key = $1", target.key.0).execute(db).await?,
+            Self::ShadowHistory => {
+                sqlx::query!(
+                    "
+                    delete from shadow_history
+                     where ctid = any(array(select ctid from shadow_history where device_key = $1 limit $2))
+                    ",
+                    target.key.0,
+                    rows
+                )
+                .execute(db)
+                .await?
+            }
+            Self::LogLevel => {
+                sqlx::query!("delete from log_level where device_key = $1", target.key.0).execute(db).await?
+            }
+            Self::Dispatch => {
+                sqlx::query!("delete from dispatch where device_key = $1", target.key.0).execute(db).await?
             }
             Self::Credential => {
                 // What was revoked stays on the lists of those who check them elsewhere.
@@ -286,6 +324,10 @@ pub(super) async fn count(db: &mut PgConnection, target: &Target) -> Result<Coun
      union all select 'log', count(*) from log where device_key = $1
      union all select 'device_latest', count(*) from device_latest where device_key = $1
      union all select 'device_status', count(*) from device_status where device_key = $1
+     union all select 'shadow', count(*) from shadow where device_key = $1
+     union all select 'shadow_history', count(*) from shadow_history where device_key = $1
+     union all select 'log_level', count(*) from log_level where device_key = $1
+     union all select 'dispatch', count(*) from dispatch where device_key = $1
      union all select 'session_message', count(*)
                  from session_message m join session s on s.id = m.session_id where s.device_key = $1
      union all select 'session_received', count(*)

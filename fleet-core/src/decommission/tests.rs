@@ -34,6 +34,10 @@ async fn full(db: &TestDb, name: &str, readings: u32) -> DeviceKey {
          insert into log (device_key, ts, seq, writer, place, level, message, cut) select {key}, now(), n, 0, n, 3, 'm', 0 from generate_series(1, 7) n;
          insert into device_latest values ({key}, now(), '{{}}');
          insert into device_status (device_key, state, state_since, last_seen_at) values ({key}, 'online', now(), now());
+         insert into shadow (device_key, version, desired, reported, updated_at) values ({key}, 7, '{{}}', '{{}}', now());
+         insert into shadow_history select {key}, n, '{{}}', '{{}}', 'device', now() from generate_series(1, 7) n;
+         insert into log_level values ({key}, 'debug', null, now(), 'x', now());
+         insert into dispatch values ({key}, 'shadow', 1, now());
          insert into dead_letter select gen_random_uuid(), {tenant}, '{name}', 't', 'r', 'p', now() from generate_series(1, 7);
          insert into connection_event (id, tenant_key, device_key, client_id, kind, detail, count, at, minute)
          values (gen_random_uuid(), {tenant}, {key}, '{name}', 'flapping', '{{}}', 1, now(), now());
@@ -139,12 +143,16 @@ async fn after_a_purge_no_table_of_the_schema_knows_the_device() {
         ("device", 1),
         ("device_latest", 1),
         ("device_status", 1),
+        ("dispatch", 1),
         ("log", 7),
+        ("log_level", 1),
         ("retained_message", 2),
         ("session", 1),
         ("session_message", 7),
         ("session_received", 1),
         ("session_subscription", 1),
+        ("shadow", 1),
+        ("shadow_history", 7),
         ("telemetry", 120),
     ];
     assert_eq!(report.deleted, expected.map(|(table, rows)| (table.to_owned(), rows)).into());
@@ -205,7 +213,15 @@ async fn without_a_purge_the_device_stays_outside_with_its_readings() {
     let told = asked(&db, "boiler-1", false).await;
     until_done(&db, 100).await;
     let done = report(&db, &told).await;
-    let deleted = ["retained_message", "session", "session_message", "session_received", "session_subscription"];
+    let deleted = [
+        "dispatch",
+        "log_level",
+        "retained_message",
+        "session",
+        "session_message",
+        "session_received",
+        "session_subscription",
+    ];
     assert_eq!(done.deleted.keys().collect::<Vec<_>>(), deleted);
     assert_eq!(done.left.unwrap().into_iter().collect::<Vec<_>>(), deleted.map(|table| (table.to_owned(), 0)));
     let readings = sqlx::query_scalar::<_, i64>("select count(*) from telemetry where device_key = $1").bind(key.0);

@@ -59,6 +59,13 @@ const ROWS: &str = "
          select d.key, now(), 1, s.id, '{21.5}' from device d join shape s using (tenant_key) where tenant_key = $t;
     insert into log (device_key, ts, seq, writer, place, level, message, cut)
          select key, now(), 1, 0, 1, 3, 'm', 0 from device where tenant_key = $t;
+    insert into shadow (device_key, version, desired, reported, updated_at)
+         select key, 1, '{}', '{}', now() from device where tenant_key = $t;
+    insert into shadow_history (device_key, version, desired, reported, by, at)
+         select key, 1, '{}', '{}', 'device', now() from device where tenant_key = $t;
+    insert into log_level (device_key, level, until, set_by, set_at)
+         select key, 'debug', now(), 'x', now() from device where tenant_key = $t;
+    insert into dispatch (device_key, kind, turn, at) select key, 'shadow', 1, now() from device where tenant_key = $t;
     insert into claim (id, tenant_key, name, secret_hash, approval, max_devices, created_by, created_at, expires_at)
          values (gen_random_uuid(), $t, 'c', convert_to('$n', 'UTF8'), 'auto', 1, gen_random_uuid(), now(), now());
     insert into claim_request (id, claim_id, tenant_key, device_id, nonce, token_hash, labels, asker, address, state, asked_at,

@@ -9,7 +9,7 @@ use fleet_core::config::BadConfig;
 pub(crate) const HELP: &str = "\
 Exit codes:
   0  done
-  1  failed; `muster sim`: an acknowledged reading is missing or doubled; `muster audit verify`: an entry was touched
+  1  failed; `muster sim`: an acknowledged reading is missing or doubled; `muster audit verify`: an entry was touched; `muster index`: a day differs
   2  bad usage or settings
   3  an address cannot be listened on
   4  the data directory or the embedded PostgreSQL cannot be used
@@ -29,7 +29,7 @@ pub(crate) struct CannotListen {
 /// The exit code of an error.
 pub(crate) fn code(error: &anyhow::Error) -> ExitCode {
     let of_core = |error: &fleet_core::Error| match error {
-        fleet_core::Error::Postgres(_) => 4,
+        fleet_core::Error::Postgres(_) | fleet_core::Error::Index(_) => 4,
         fleet_core::Error::Invalid(_) | fleet_core::Error::BadId(_) => 2,
         _ => 5,
     };

@@ -1,9 +1,10 @@
-//! The command line: `muster serve`, `demo`, `sim`, `access`, `audit`, `tls`, `config`. Thin: each subcommand is a file.
+//! The command line: `muster serve`, `demo`, `sim`, `access`, `audit`, `index`, `tls`, `config`. Thin: each subcommand is a file.
 
 mod access;
 mod audit;
 mod demo;
 mod exit;
+mod index;
 mod remote;
 mod serve;
 mod settings;
@@ -41,6 +42,9 @@ enum Command {
     /// Prove that nobody has touched the audit.
     #[command(subcommand)]
     Audit(audit::Command),
+    /// Compare the index of log lines with the database, and make it anew.
+    #[command(subcommand)]
+    Index(index::Command),
     /// Make certificates for development.
     #[command(subcommand)]
     Tls(tls::Command),
@@ -59,6 +63,7 @@ async fn main() -> ExitCode {
         Command::Sim(args) => sim::run(*args).await,
         Command::Access(command) => access::run(command).await,
         Command::Audit(command) => audit::run(command).await,
+        Command::Index(command) => index::run(command).await,
         Command::Tls(command) => tls::run(&command),
         Command::Config => settings::print(),
     };

@@ -1,7 +1,7 @@
 //! Commands that ask a running server: where it is, who asks, and its answers.
 
 use anyhow::{Context, bail};
-use reqwest::{Method, StatusCode};
+use reqwest::{Method, RequestBuilder, StatusCode, Url};
 use serde_json::{Value, json};
 
 /// Where the server is, and who asks.
@@ -50,7 +50,16 @@ pub(crate) struct Remote {
 impl Remote {
     /// What the server answers; a refusal is an error that says why.
     pub(crate) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
-        let mut request = self.http.request(Method::POST, format!("{}{path}", self.base)).json(body);
+        self.send(self.http.request(Method::POST, format!("{}{path}", self.base)).json(body)).await
+    }
+
+    /// The same of a question.
+    pub(crate) async fn get(&self, path: &str, query: &[(&str, &str)]) -> anyhow::Result<Value> {
+        let url = Url::parse_with_params(&format!("{}{path}", self.base), query).context(self.base.clone())?;
+        self.send(self.http.request(Method::GET, url)).await
+    }
+
+    async fn send(&self, mut request: RequestBuilder) -> anyhow::Result<Value> {
         if !self.token.is_empty() {
             request = request.bearer_auth(&self.token);
         }

@@ -14,6 +14,7 @@ mod fuzz;
 mod gateways;
 mod harness;
 mod hostile;
+mod index;
 mod limits;
 mod node_red;
 mod oidc;

@@ -33,8 +33,8 @@ pub use state::{App, Health};
 use problem::Problem;
 use routes::{
     access, api_keys, audit, auth, authorities, bindings, certificates, claims, connections, credentials, dead_letters,
-    decommissions, devices, docs, groups, import, login_failures, login_sessions, operations, passwords, provision,
-    roles, sessions, shadows, signing_keys, telemetry, tenants, totp, users,
+    decommissions, devices, docs, groups, import, index, login_failures, login_sessions, operations, passwords,
+    provision, roles, sessions, shadows, signing_keys, telemetry, tenants, totp, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -115,6 +115,9 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(audit::verify))
         .routes(routes!(audit::export))
         .routes(routes!(audit::read))
+        .routes(routes!(index::show))
+        .routes(routes!(index::verify))
+        .routes(routes!(index::rebuild))
         .routes(routes!(docs::openapi))
         .routes(routes!(operations::healthz))
         .routes(routes!(operations::readyz))

@@ -163,6 +163,11 @@ impl Problem {
         Self::new(503, "database-away", "the database cannot be reached at the moment: try again shortly")
     }
 
+    /// 503: this process keeps no index of log lines.
+    pub(crate) fn no_index() -> Self {
+        Self::new(503, "no-index", "there is no index of log lines here: ask another process of the server")
+    }
+
     /// 403: what would be written is not within what the caller may reach.
     fn out_of_scope() -> Self {
         let detail = "this is beyond what your roles reach: expected a group, type and labels within their scope";

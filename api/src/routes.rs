@@ -16,6 +16,7 @@ pub(crate) mod devices;
 pub(crate) mod docs;
 pub(crate) mod groups;
 pub(crate) mod import;
+pub(crate) mod index;
 pub(crate) mod login_failures;
 pub(crate) mod login_sessions;
 pub(crate) mod oidc;

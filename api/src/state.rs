@@ -19,6 +19,7 @@ use sqlx::{AssertSqlSafe, PgPool, Postgres, Transaction};
 use crate::denials::Denials;
 use crate::metrics::Metrics;
 use crate::oidc::Provider;
+use crate::problem::Problem;
 
 /// A check that has not answered by then counts as failed.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -97,6 +98,11 @@ impl App {
     #[must_use]
     pub fn with_index(self, index: Index) -> Self {
         Self { index: Some(index), ..self }
+    }
+
+    /// The index, where this process keeps one.
+    pub(crate) fn index(&self) -> Result<&Index, Problem> {
+        self.index.as_ref().ok_or_else(Problem::no_index)
     }
 
     /// A transaction bound to nobody, for what is done before anybody has logged in; all else has `tx.rs`. Its statements

@@ -119,6 +119,15 @@ impl State {
         }
     }
 
+    /// Why it cannot go on.
+    pub fn reason(&self) -> Option<&str> {
+        match self {
+            Self::DiskFull => Some("there is less room on the disk than search.min_free_bytes"),
+            Self::Failing(reason) => Some(reason),
+            _ => None,
+        }
+    }
+
     /// Whether an answer from the index is all there is.
     pub fn is_complete(&self) -> bool {
         *self == Self::Ok

@@ -318,6 +318,11 @@ impl Fleet {
         self.child.kill().await.expect("the server runs");
     }
 
+    /// A setting that is another one from the next start on.
+    pub(crate) fn set(&mut self, key: &str, value: &str) {
+        self.settings.push((key.to_owned(), value.to_owned()));
+    }
+
     /// Starts the server again on the same data, addresses and database.
     pub(crate) async fn start_again(&mut self) {
         let (child, ready) = spawn(&self.settings, Stdio::inherit()).await;

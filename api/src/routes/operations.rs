@@ -28,7 +28,8 @@ pub(crate) async fn healthz() -> &'static str {
 pub(crate) struct Readiness {
     /// Whether all checks hold.
     ready: bool,
-    /// Each check: `ok`, or why it does not hold.
+    /// Each check: `ok`, or why it does not hold. `index` tells of the search of log lines, without which the server is ready too: `ok`,
+    /// `catching_up`, `rebuilding`, `disk_full`, `failing`.
     #[schema(value_type = std::collections::BTreeMap<String, String>, example = json!({"database": "ok"}))]
     checks: Map<String, Value>,
 }
@@ -45,7 +46,11 @@ pub(crate) async fn readyz(State(app): State<App>) -> Response {
     let mut answers = vec![("database", state::in_time(ask_database(&app)).await)];
     answers.extend(app.health.ask().await);
     let ready = answers.iter().all(|(_, answer)| answer.is_ok());
-    let checks = answers.into_iter().map(|(name, answer)| (name.to_owned(), said(answer))).collect();
+    let mut checks = answers.into_iter().map(|(name, answer)| (name.to_owned(), said(answer))).collect::<Map<_, _>>();
+    if let Some(index) = &app.index {
+        // Without it, lines come in all the same and everything else is of use.
+        checks.insert("index".to_owned(), index.state().name().into());
+    }
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(Readiness { ready, checks })).into_response()
 }

@@ -14,6 +14,7 @@ use fleet_core::authority::Pki;
 use fleet_core::clock::{Clock, from_ms};
 use fleet_core::config::{Config, Environment, Secret};
 use fleet_core::id::UserId;
+use fleet_core::index::Index;
 use fleet_core::login_session::{self, Method, Origin};
 use fleet_core::policy::Role;
 use fleet_core::testing::TestDb;
@@ -72,7 +73,9 @@ impl Api {
         let (pool, registry) = (db.pool().clone(), Registry::new());
         let data_dir = tempfile::tempdir().unwrap();
         let pki = Pki::new(config.certificates.clone(), data_dir.path());
-        let app = App::new(pool, clock.clone(), keys.clone(), pki, registry, &config, health).unwrap();
+        let index = Index::open(&data_dir.path().join("search"), &config.search).unwrap();
+        let app =
+            App::new(pool, clock.clone(), keys.clone(), pki, registry, &config, health).unwrap().with_index(index);
         Self { router: api::router(app.clone()), app, db, clock, keys, admin, token, _data_dir: data_dir }
     }
 

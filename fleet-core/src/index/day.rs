@@ -11,7 +11,6 @@ use tantivy::directory::MmapDirectory;
 use tantivy::store::Compressor;
 use tantivy::{IndexReader, IndexSettings, ReloadPolicy, Searcher, TantivyError};
 
-use super::FOLLOWED;
 use super::schema::{FIELDS, tokenizers};
 use crate::Result;
 
@@ -129,8 +128,8 @@ pub(super) fn heal(dir: &Path) -> Result<()> {
         }
         remove(dir, &format!("{old}.old"))?;
     }
-    for new in names.iter().filter(|name| name.ends_with(".new") && !name.starts_with(FOLLOWED)) {
-        remove(dir, new)?;
+    for new in names.iter().filter_map(|name| name.strip_suffix(".new")).filter_map(|name| name.parse::<Name>().ok()) {
+        remove(dir, &format!("{new}.new"))?;
     }
     Ok(())
 }

@@ -69,7 +69,7 @@ impl Index {
     /// Follows the rows until it is stopped. There is one who does.
     pub async fn follow(&self, db: &PgPool, clock: &Clock, stop: &CancellationToken) {
         let mut follower = Follower::new(self, db, clock);
-        let followed = async {
+        let rounds = async {
             while !stop.is_cancelled() {
                 let pause = follower.go_on().await;
                 tokio::select! {
@@ -79,7 +79,7 @@ impl Index {
             }
         };
         tokio::select! {
-            ((), ()) = async { tokio::join!(followed, self.mend(db)) } => {}
+            ((), ()) = async { tokio::join!(rounds, self.mend(db)) } => {}
             () = stop.cancelled() => {}
         }
         if let Err(error) = self.commit().await {

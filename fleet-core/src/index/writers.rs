@@ -227,12 +227,12 @@ impl Writers {
 
     /// A day, open for writing.
     fn writing(&mut self, name: Name) -> Result<&mut Writing> {
-        let writing = match self.writing.iter().position(|writing| writing.name == name) {
-            Some(at) => self.writing.remove(at),
-            None => {
-                let opened = self.opened(name)?.clone();
-                Writing::open(name, &opened, &self.settings)?
-            }
+        let at = self.writing.iter().position(|writing| writing.name == name);
+        let writing = if let Some(at) = at {
+            self.writing.remove(at)
+        } else {
+            let opened = self.opened(name)?.clone();
+            Writing::open(name, &opened, &self.settings)?
         };
         self.writing.push(writing);
         Ok(self.writing.last_mut().expect("it was just put there"))

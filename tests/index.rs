@@ -110,7 +110,7 @@ async fn a_day_that_differs_is_found_and_made_anew_by_the_command() {
     let mut fleet = Fleet::start_with(&BUSY).await;
     let device = fleet.enrol("boiler-1").await;
     let sent = send(&fleet, &device, 0, 9).await;
-    assert_eq!(lines(&caught_up(&fleet).await), sent);
+    fleet.eventually(|| index(&fleet), |index| lines(index) == sent).await;
     let (code, said) = command(&fleet, &["verify"]).await;
     assert_eq!((code, said.contains("differs")), (Some(0), false), "{said}");
     let today = Clock::system().now().date_naive().to_string();

@@ -85,6 +85,7 @@ impl Index {
         let (writers, ()) = blocking(writers, swap).await?;
         self.show(&writers);
         self.inner.broken.lock().remove(&name);
+        self.inner.metrics.show(&self.state());
         // Devices may have been purged while their lines were copied.
         *self.inner.purged.lock() = None;
         Ok(())

@@ -14,7 +14,7 @@
 //! | from a signing request to a certificate, and its renewal | [`issuing`] |
 //! | certificates taken back, and the lists that say so | [`revocation`] |
 //! | secrets at rest | [`seal`] |
-//! | online, lost, last seen | [`status`] |
+//! | online, lost, last seen | [`status`], and since when there is a [`firmware`] |
 //! | readings: decode, insert, series | [`telemetry`] |
 //! | lines that devices write | [`log`], found by [`search`] in their [`index`] |
 //! | the newest value of each metric, and gaps in sequence numbers | [`latest`] |
@@ -69,6 +69,7 @@ pub mod dispatch;
 pub mod error;
 pub mod explain;
 mod filter_set;
+pub mod firmware;
 pub mod gateway;
 pub mod group;
 pub mod id;

@@ -17,6 +17,7 @@ use sqlx::PgConnection;
 use sqlx::types::Json;
 
 use crate::clock::from_ms;
+use crate::firmware;
 use crate::id::DeviceKey;
 use crate::telemetry::MAX_TS_MS;
 use crate::{Error, Result};
@@ -248,7 +249,20 @@ pub async fn record(db: &mut PgConnection, changes: &[Change]) -> Result<()> {
     for (device, folded) in &devices {
         columns.push(*device, folded);
     }
-    columns.upsert(db).await
+    columns.upsert(db).await?;
+    note_firmware(db, changes).await
+}
+
+async fn note_firmware(db: &mut PgConnection, changes: &[Change]) -> Result<()> {
+    let (mut devices, mut versions, mut at) = (Vec::new(), Vec::new(), Vec::new());
+    for change in changes {
+        if let Cause::Reported { firmware: Some(firmware), .. } = &change.cause {
+            devices.push(change.device);
+            versions.push(firmware.as_str());
+            at.push(from_ms(change.at_ms));
+        }
+    }
+    firmware::note(db, &devices, &versions, &at).await
 }
 
 /// The folded changes as the statement wants them.

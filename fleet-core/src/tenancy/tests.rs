@@ -19,6 +19,7 @@ const ROWS: &str = "
     insert into app_user (id, tenant_key, email, password_hash, created_at)
          values (gen_random_uuid(), $t, '$n@example.com', 'x', now());
     insert into device_group (tenant_key, path, created_at) values ($t, 'site/line-3', now());
+    insert into firmware_seen (tenant_key, version, first_at) values ($t, '2.0', now());
     insert into role (tenant_key, id, permissions, topic_rules, created_at, updated_at)
          values ($t, 'orders', '{}', '[]', now(), now());
     insert into api_key (id, user_id, name, role, secret_hash, created_at)

@@ -6,6 +6,7 @@
 //! who calls.
 
 mod compile;
+mod complement;
 mod ending;
 mod highlight;
 mod histogram;

@@ -8,12 +8,13 @@ use tantivy::Term as Key;
 use tantivy::columnar::NumericalValue;
 use tantivy::fastfield::FastValue;
 use tantivy::query::{
-    AllQuery, BooleanQuery, EmptyQuery, InvertedIndexRangeQuery, Occur, PhraseQuery, Query as Compiled, RangeQuery,
-    TermQuery, TermSetQuery,
+    AllQuery, BooleanQuery, EmptyQuery, InvertedIndexRangeQuery, PhraseQuery, Query as Compiled, RangeQuery, TermQuery,
+    TermSetQuery,
 };
 use tantivy::schema::{Field, IndexRecordOption};
 
 use super::Reach;
+use super::complement::Complement;
 use super::ending::PhraseEnding;
 use crate::index::schema::FIELDS;
 use crate::level::Level;
@@ -87,7 +88,7 @@ fn or(mut some: Vec<Boxed>) -> Boxed {
 }
 
 fn not(inner: Boxed) -> Boxed {
-    Box::new(BooleanQuery::new(vec![(Occur::Must, Box::new(AllQuery)), (Occur::MustNot, inner)]))
+    Box::new(Complement(inner))
 }
 
 fn devices(keys: &KeySet) -> Boxed {

@@ -53,6 +53,23 @@ impl Query {
     }
 }
 
+#[cfg(test)]
+impl Query {
+    /// One that asks nothing of devices.
+    pub(crate) fn of_lines(read: &query::Query) -> Self {
+        fn asked(expression: &Expression) -> Asked {
+            match expression {
+                Expression::All => Asked::All,
+                Expression::Not(inner) => Asked::Not(Box::new(asked(inner))),
+                Expression::And(all) => Asked::And(all.iter().map(asked).collect()),
+                Expression::Or(some) => Asked::Or(some.iter().map(asked).collect()),
+                Expression::Term(term) => Asked::Line(term.clone()),
+            }
+        }
+        Self { asked: asked(read.expression()) }
+    }
+}
+
 /// `NOT` stays outside, so that "all but one" is one device and not all the others.
 async fn resolve(expression: &Expression, db: &mut PgConnection, tenant: TenantKey) -> Result<Asked> {
     Ok(match expression {

@@ -104,3 +104,18 @@ fn every_field_of_devices_can_be_asked_of_lines_and_every_field_has_an_example()
         }
     }
 }
+
+#[test]
+fn the_examples_of_the_reference_are_queries() {
+    let page = include_str!("../../../../docs/reference/query.md");
+    let blocks = page.split("```query\n").skip(1).filter_map(|rest| rest.split_once("```"));
+    let examples = blocks.flat_map(|(block, _)| block.lines()).collect::<Vec<_>>();
+    assert!(examples.len() > 10);
+    for example in examples {
+        read(example, now()).unwrap_or_else(|error| panic!("{example}: {error}"));
+    }
+    for field in fields() {
+        let written = if field.name.ends_with('.') { format!("`{}", field.name) } else { format!("`{}`", field.name) };
+        assert!(page.contains(&written), "{written} is not in the reference");
+    }
+}

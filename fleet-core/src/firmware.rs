@@ -1,6 +1,6 @@
 //! Versions of firmware, and since when there are devices with them.
 //!
-//! [`note`] keeps what devices say, [`first_seen`] tells since when. Holds: the time of a version is that of the first device that
+//! [`crate::status::record`] keeps what devices say, [`first_seen`] tells since when. Holds: the time of a version is that of the first device that
 //! said it, and never changes; a tenant's devices fill at most [`MAX_VERSIONS`] rows. Ignorant of: what a version is for, releases.
 
 use chrono::{DateTime, Utc};

@@ -16,6 +16,7 @@ mod harness;
 mod hostile;
 mod index;
 mod limits;
+mod log_ingest;
 mod node_red;
 mod oidc;
 mod provisioning;

@@ -1,8 +1,9 @@
 """Publishes readings with Eclipse Paho and says what was acknowledged; subscribes and says what came.
 
-usage: paho_client.py HOST PORT USERNAME PASSWORD CLIENT_ID {311|5} {publish|subscribe|will|stay} TOPIC COUNT
+usage: paho_client.py HOST PORT USERNAME PASSWORD CLIENT_ID {311|5} {publish|send|subscribe|will|stay} TOPIC COUNT
 With TRANSPORT=websockets it comes in at /mqtt, with TRANSPORT=tls it trusts the authority in CA_FILE, and with CERT_FILE and KEY_FILE
-it shows that certificate in place of a user name. Prints one JSON object a line.
+it shows that certificate in place of a user name. `send` publishes what comes on standard input, a payload a line, each a JSON
+text. Prints one JSON object a line.
 """
 
 import json
@@ -32,6 +33,15 @@ def publish(client, topic, count):
         sent.wait_for_publish(PATIENCE_S)
         if sent.is_published():
             say(acknowledged=seq)
+    client.disconnect()
+
+
+def send(client, topic):
+    for nth, line in enumerate(sys.stdin):
+        sent = client.publish(topic, json.loads(line), qos=1)
+        sent.wait_for_publish(PATIENCE_S)
+        if sent.is_published():
+            say(acknowledged=nth)
     client.disconnect()
 
 
@@ -76,6 +86,8 @@ def main():
     client = connect(host, port, username, password, client_id, version, topic if action == "will" else None)
     if action == "publish":
         publish(client, topic, int(count))
+    elif action == "send":
+        send(client, topic)
     elif action == "subscribe":
         subscribe(client, topic, int(count))
     elif action == "stay":

@@ -1,5 +1,9 @@
 //! What the table promises of lines.
 
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::TestRunner;
+
 use super::*;
 use crate::level::Level;
 use crate::telemetry::fixture::{NOW, enrol};
@@ -131,4 +135,89 @@ async fn lines_are_read_back_by_place_and_by_address() {
     let newest_first = [all.lines[1].address, Address { place: 99, ..line.address }, line.address];
     let fetched = Line::fetch(&mut conn, &newest_first).await.unwrap();
     assert_eq!(fetched, [all.lines[1].clone(), line.clone()]);
+}
+
+/// What a device might send: JSON near the contract, text, bytes.
+fn any_payload() -> impl Strategy<Value = Vec<u8>> {
+    let leaf = prop_oneof![
+        Just(serde_json::Value::Null),
+        any::<bool>().prop_map(serde_json::Value::from),
+        any::<i64>().prop_map(serde_json::Value::from),
+        any::<f64>().prop_map(serde_json::Value::from),
+        "\\PC{0,6}|\u{0}|\u{301}|\u{202e}[a-z]".prop_map(serde_json::Value::from),
+    ];
+    let name = prop_oneof!["message", "msg", "level", "ts", "seq", "target", "trace_id", "fields", ".{0,4}"];
+    let object = move |value: BoxedStrategy<serde_json::Value>| {
+        prop::collection::vec((name.clone(), value), 0..6)
+            .prop_map(|members| serde_json::Value::Object(members.into_iter().collect()))
+    };
+    let value = leaf.prop_recursive(4, 24, 4, move |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(serde_json::Value::from),
+            object.clone()(inner.boxed()),
+        ]
+    });
+    prop_oneof![
+        6 => value.prop_map(|value| value.to_string().into_bytes()),
+        1 => ".{0,40}".prop_map(String::into_bytes),
+        1 => prop::collection::vec(any::<u8>(), 0..40),
+    ]
+}
+
+#[tokio::test]
+async fn any_payloads_make_a_batch_that_is_stored_and_accounted_for() {
+    let db = TestDb::new().await;
+    let mut conn = db.pool().acquire().await.unwrap();
+    let device = enrol(&mut conn, db.tenant(), "boiler-1").await;
+    let (mut batch, mut runner) = (Batch::default(), TestRunner::default());
+    for _ in 0..2000 {
+        let payload = any_payload().new_tree(&mut runner).unwrap().current();
+        let before = batch.len();
+        let rejected = batch.push(device, &payload, NOW, &LIMITS);
+        let is_blank_array = serde_json::from_slice::<Vec<serde_json::Value>>(&payload).is_ok_and(|all| all.is_empty());
+        assert!(batch.len() > before || !rejected.is_empty() || is_blank_array, "{}", payload.escape_ascii());
+        assert!(rejected.iter().all(|one| !one.reason.is_empty()), "{}", payload.escape_ascii());
+    }
+    assert!(batch.len() > 500, "{}", batch.len());
+    let new = store(&mut conn, 0, batch).await;
+    let kept = sqlx::query_scalar!(r#"select count(*) as "count!" from log"#).fetch_one(&mut *conn).await.unwrap();
+    assert_eq!(u64::try_from(kept).unwrap(), new);
+}
+
+/// The examples between two strings, each up to the next `end`.
+fn examples(text: &'static str, begin: &'static str, end: &'static str) -> impl Iterator<Item = &'static str> {
+    text.split(begin).skip(1).filter_map(move |rest| rest.split(end).next())
+}
+
+#[test]
+fn the_examples_for_device_authors_are_right() {
+    let page = include_str!("../../../docs/reference/payloads.md");
+    let accepted = examples(page, "```json logs\n", "```").chain(examples(page, "```text logs\n", "```"));
+    let read = accepted.map(|payload| {
+        let mut batch = Batch::default();
+        assert_eq!(batch.push(DeviceKey(1), payload.as_bytes(), NOW, &LIMITS), [], "{payload}");
+        batch.len()
+    });
+    assert_eq!(read.collect::<Vec<_>>(), [1, 2, 2], "lines of each example");
+    let reasons = page.split("| reason of a line | for example |").nth(1).and_then(|rest| rest.split("\n\n").next());
+    let refused = reasons.unwrap().lines().filter_map(|line| line.rsplit("| ").next()?.split('`').nth(1));
+    let refused = refused.collect::<Vec<_>>();
+    assert_eq!(refused.len(), 5, "{refused:?}");
+    for payload in refused {
+        let mut batch = Batch::default();
+        assert_eq!(
+            (batch.push(DeviceKey(1), payload.as_bytes(), NOW, &LIMITS).len(), batch.len()),
+            (1, 0),
+            "{payload}"
+        );
+    }
+    for (bound, said) in [
+        (MAX_MESSAGE_BYTES, "| message | 32 KiB;"),
+        (MAX_NAME_BYTES, "256 bytes each"),
+        (MAX_FIELDS, "| fields of a line | 64,"),
+        (MAX_FIELD_NAME_BYTES, "names of 1 to 128 bytes"),
+    ] {
+        let number = if bound >= 1024 { bound / 1024 } else { bound };
+        assert!(page.contains(said) && said.contains(&number.to_string()), "{said}");
+    }
 }

@@ -1,6 +1,7 @@
 //! Lines that devices log come in over MQTT: acknowledged means a row, whatever was sent.
 
 use std::process::Stdio;
+use std::sync::LazyLock;
 
 use serde_json::{Value, json};
 use sqlx::Row;
@@ -11,25 +12,25 @@ use tokio::time::timeout;
 use crate::foreign_clients::python;
 use crate::harness::{Answer, Device, Fleet, PATIENCE};
 
-/// 2025-11-21T02:30:12.345Z
-const TS: i64 = 1_763_692_212_345;
+/// A minute ago, in milliseconds: what is older than the retention is swept at the next start.
+pub(crate) static TS: LazyLock<i64> = LazyLock::new(|| fleet_core::clock::Clock::system().now_ms() - 60_000);
 
 /// A line as it is stored.
 #[derive(Debug, Clone, PartialEq)]
-struct Stored {
-    ts_ms: i64,
-    seq: i64,
-    level: i16,
-    target: Option<String>,
-    message: String,
-    trace: Option<String>,
-    fields: Value,
-    cut: i16,
-    is_clamped: bool,
+pub(crate) struct Stored {
+    pub(crate) ts_ms: i64,
+    pub(crate) seq: i64,
+    pub(crate) level: i16,
+    pub(crate) target: Option<String>,
+    pub(crate) message: String,
+    pub(crate) trace: Option<String>,
+    pub(crate) fields: Value,
+    pub(crate) cut: i16,
+    pub(crate) is_clamped: bool,
 }
 
 /// The lines of a device, the oldest first.
-async fn lines(fleet: &Fleet, device: &str) -> Vec<Stored> {
+pub(crate) async fn lines(fleet: &Fleet, device: &str) -> Vec<Stored> {
     let rows = sqlx::query(
         "select (extract(epoch from l.ts) * 1000)::bigint as ts_ms, l.seq, l.level, l.target, l.message, l.trace_id, l.fields, l.cut,
                 l.sent_at is not null as is_clamped
@@ -52,7 +53,7 @@ async fn lines(fleet: &Fleet, device: &str) -> Vec<Stored> {
     rows.into_iter().map(line).collect()
 }
 
-async fn messages(fleet: &Fleet, device: &str) -> Vec<String> {
+pub(crate) async fn messages(fleet: &Fleet, device: &str) -> Vec<String> {
     lines(fleet, device).await.into_iter().map(|line| line.message).collect()
 }
 
@@ -68,7 +69,8 @@ async fn paho(fleet: &Fleet, device: &Device, version: &str, payloads: &[String]
         .stdout(Stdio::piped())
         .spawn()
         .expect("`make setup` installs the test clients");
-    let text = payloads.iter().map(|payload| format!("{}\n", json!(payload))).collect::<String>();
+    let texts = payloads.iter().map(|payload| json!(payload).to_string()).collect::<Vec<_>>();
+    let text = texts.join("\n") + "\n";
     let mut input = client.stdin.take().expect("piped");
     input.write_all(text.as_bytes()).await.expect("it reads");
     drop(input);
@@ -100,13 +102,13 @@ async fn an_acknowledged_line_is_a_row_when_the_server_is_killed_at_once() {
     let boiler = fleet.enrol("boiler-1").await;
     for round in 0..3 {
         let mut mqtt = fleet.connect(&boiler).await;
-        let line = json!({"ts": TS + round, "seq": round, "level": "warn", "target": "net.wifi", "message": format!("reconnect {round}"),
+        let line = json!({"ts": *TS + round, "seq": round, "level": "warn", "target": "net.wifi", "message": format!("reconnect {round}"),
                           "fields": {"rssi": -81}, "trace_id": "ab"});
         assert_eq!(mqtt.publish(&boiler.topic("logs"), line.to_string()).await, Answer::Success);
         fleet.kill().await;
         let stored = lines(&fleet, "boiler-1").await;
         let expected = Stored {
-            ts_ms: TS + round,
+            ts_ms: *TS + round,
             seq: round,
             level: 4,
             target: Some("net.wifi".into()),
@@ -127,8 +129,8 @@ async fn paho_and_mosquitto_send_lines_as_they_like() {
     let fleet = Fleet::start().await;
     let (paho_device, mosquitto) = (fleet.enrol("paho-1").await, fleet.enrol("mosquitto-1").await);
     let payloads = [
-        json!({"ts": TS, "seq": 1, "message": "one"}).to_string(),
-        json!([{"ts": TS + 1, "seq": 2, "message": "two"}, {"ts": TS + 2, "seq": 3, "msg": "three"}, "four"])
+        json!({"ts": *TS, "seq": 1, "message": "one"}).to_string(),
+        json!([{"ts": *TS + 1, "seq": 2, "message": "two"}, {"ts": *TS + 2, "seq": 3, "msg": "three"}, "four"])
             .to_string(),
         "five\nsix\n\nseven".to_owned(),
         "\"eight\"".to_owned(),
@@ -178,9 +180,9 @@ async fn a_line_that_is_too_long_is_cut_and_marked() {
     let mut mqtt = fleet.connect(&boiler).await;
     let fields = (0..70).map(|nth| (format!("f{nth:02}"), json!(nth))).collect::<serde_json::Map<_, _>>();
     for line in [
-        json!({"ts": TS, "seq": 0, "message": "ä".repeat(32 * 1024)}),
-        json!({"ts": TS + 1, "seq": 1, "message": "many", "fields": fields}),
-        json!({"ts": TS + 2, "seq": 2, "message": "x".repeat(32 * 1024)}),
+        json!({"ts": *TS, "seq": 0, "message": "ä".repeat(32 * 1024)}),
+        json!({"ts": *TS + 1, "seq": 1, "message": "many", "fields": fields}),
+        json!({"ts": *TS + 2, "seq": 2, "message": "x".repeat(32 * 1024)}),
     ] {
         assert_eq!(mqtt.publish(&boiler.topic("logs"), line.to_string()).await, Answer::Success);
     }
@@ -196,9 +198,9 @@ async fn a_line_that_is_too_long_is_cut_and_marked() {
 async fn a_line_sent_twice_is_stored_once_with_and_without_a_number() {
     let fleet = Fleet::start().await;
     let boiler = fleet.enrol("boiler-1").await;
-    let numbered = json!({"ts": TS, "seq": 7, "message": "numbered"}).to_string();
-    let hashed = json!({"ts": TS, "message": "hashed", "fields": {"a": 1}}).to_string();
-    let other = json!({"ts": TS, "message": "hashed", "fields": {"a": 2}}).to_string();
+    let numbered = json!({"ts": *TS, "seq": 7, "message": "numbered"}).to_string();
+    let hashed = json!({"ts": *TS, "message": "hashed", "fields": {"a": 1}}).to_string();
+    let other = json!({"ts": *TS, "message": "hashed", "fields": {"a": 2}}).to_string();
     // Over two connections, as after a lost acknowledgement, and both in one message.
     for _ in 0..2 {
         let mut mqtt = fleet.connect(&boiler).await;
@@ -217,7 +219,7 @@ async fn clocks_that_are_wrong_cost_no_line() {
     let fleet = Fleet::start().await;
     let boiler = fleet.enrol("boiler-1").await;
     let mut mqtt = fleet.connect(&boiler).await;
-    let now = chrono::Utc::now().timestamp_millis();
+    let now = fleet_core::clock::Clock::system().now_ms();
     let at = [0, 1, now - 400 * 86_400_000, now - 3_600_000, now + 60_000, now + 3_600_000, 253_402_300_799_999];
     for (seq, ts) in at.into_iter().enumerate() {
         let line = json!({"ts": ts, "seq": seq, "message": format!("line {seq}")}).to_string();
@@ -247,14 +249,63 @@ async fn any_script_comes_back_as_it_was_written() {
     let texts =
         ["Ünïcödé e\u{301}", "שלום \u{202e}abc", "温度は 42 度", "👩‍🔧 ok", "tab\tand \u{1} and \u{7f}", "a\u{fffd}b"];
     for (seq, text) in texts.iter().enumerate() {
-        let line = json!({"ts": TS, "seq": seq, "message": text, "fields": {*text: text}});
+        let line = json!({"ts": *TS, "seq": seq, "message": text, "fields": {*text: text}});
         assert_eq!(mqtt.publish(&boiler.topic("logs"), line.to_string()).await, Answer::Success);
     }
-    let nul = r#"{"ts":1763692212345,"seq":99,"message":"a\u0000b","fields":{"x\u0000":"\u0000"}}"#;
+    let nul = format!(r#"{{"ts":{},"seq":99,"message":"a\u0000b","fields":{{"x\u0000":"\u0000"}}}}"#, *TS);
     assert_eq!(mqtt.publish(&boiler.topic("logs"), nul).await, Answer::Success);
     let stored = lines(&fleet, "boiler-1").await;
     let (with_nul, plain) = stored.split_last().expect("lines");
     assert_eq!(plain.iter().map(|line| line.message.as_str()).collect::<Vec<_>>(), texts);
     assert!(plain.iter().zip(texts).all(|(line, text)| line.fields == json!({ text: text })), "{plain:?}");
     assert_eq!((with_nul.message.as_str(), &with_nul.fields), ("a\u{fffd}b", &json!({ "x\u{fffd}": "\u{fffd}" })));
+}
+
+/// Lines that tell of suppressed ones, and how many they speak of.
+async fn suppressed(fleet: &Fleet, device: &str) -> (usize, i64) {
+    let told = lines(fleet, device).await.into_iter().filter(|line| line.target.as_deref() == Some("muster"));
+    let told = told.map(|line| {
+        assert_eq!(line.level, 4, "{line:?}");
+        let count = line.fields["suppressed"].as_i64().expect("a number");
+        assert_eq!(line.message, format!("{count} lines suppressed by the rate limit"));
+        count
+    });
+    let told = told.collect::<Vec<_>>();
+    (told.len(), told.iter().sum())
+}
+
+#[tokio::test]
+async fn what_a_device_logs_too_much_is_acknowledged_and_told_of_also_after_a_kill() {
+    let limits = [
+        ("MUSTER__INGEST__LOG_LINES_PER_S", "1"),
+        ("MUSTER__INGEST__LOG_LINES_BURST", "20"),
+        ("MUSTER__INGEST__LOG_SUPPRESSED_S", "2"),
+    ];
+    let mut fleet = Fleet::start_with(&limits).await;
+    let (noisy, quiet) = (fleet.enrol("noisy-1").await, fleet.enrol("quiet-1").await);
+    let mut mqtt = fleet.connect(&noisy).await;
+    for seq in 0..50 {
+        let line = json!({"ts": *TS + seq, "seq": seq, "message": format!("line {seq}")});
+        assert_eq!(mqtt.publish(&noisy.topic("logs"), line.to_string()).await, Answer::Success);
+    }
+    let array = (50..100).map(|seq| json!({"ts": *TS + seq, "seq": seq, "message": "x"})).collect::<Vec<_>>();
+    assert_eq!(mqtt.publish(&noisy.topic("logs"), json!(array).to_string()).await, Answer::Success);
+    // Everything was acknowledged, so everything is stored or counted, also when nobody lives to tell.
+    let hit = fleet.metric("muster_ingest_log_lines_suppressed_total", "").await;
+    fleet.kill().await;
+    let kept = async |fleet: &Fleet| {
+        let own = lines(fleet, "noisy-1").await.iter().filter(|line| line.target.is_none()).count();
+        i64::try_from(own).expect("a hundred")
+    };
+    let stored = kept(&fleet).await;
+    assert!((20..60).contains(&stored), "{stored}");
+    assert_eq!(hit.round().to_string(), (100 - stored).to_string(), "{hit} of 100, {stored} stored");
+    fleet.start_again().await;
+    let told = || async { suppressed(&fleet, "noisy-1").await };
+    let (lines_told, _) = fleet.eventually(told, |(_, count)| *count == 100 - stored).await;
+    assert!((1..=4).contains(&lines_told), "one for each interval: {lines_told}");
+    assert_eq!(kept(&fleet).await, stored);
+    let mut mqtt = fleet.connect(&quiet).await;
+    assert_eq!(mqtt.publish(&quiet.topic("logs"), "still heard").await, Answer::Success);
+    assert_eq!(messages(&fleet, "quiet-1").await, ["still heard"], "one device does not cost another its lines");
 }

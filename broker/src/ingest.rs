@@ -3,13 +3,15 @@
 //! Holds: nothing is acknowledged before its COMMIT; what one device sends is committed in order; a full queue makes
 //! its senders wait and loses nothing; while the database is away a writer keeps its batch and tries again; one
 //! message the database refuses goes to the dead letters and takes nothing else with it (ADR 4).
-//! Subscribers, latest values and counters are fed from the committed batch, never before.
+//! Subscribers, latest values and counters are fed from the committed batch, never before. What a device logs beyond its rate is counted in
+//! the transaction that takes the rest of its batch, and told in a line of its own.
 //! Ignorant of: sockets and sessions, but for the mailbox an acknowledgement goes to.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use fleet_core::clock::Clock;
 use fleet_core::config;
 use fleet_core::dead_letter::{self, DeadLetter};
 use fleet_core::error::is_refused;
@@ -172,6 +174,7 @@ pub(crate) fn start(
     settings: &config::Ingest,
     options: &PgConnectOptions,
     session_store: &sessions::Store,
+    clock: &Clock,
     metrics: &Metrics,
 ) -> (Ingest, Writers) {
     let mut queues = Vec::new();
@@ -183,7 +186,7 @@ pub(crate) fn start(
         let writer = Writer {
             index,
             items: taken,
-            store: Store::new(index, settings, options.clone()),
+            store: Store::new(index, settings, options.clone(), clock.clone()),
             sessions: session_store.clone(),
             metrics: metrics.clone(),
             is_away: is_away.clone(),
@@ -357,9 +360,14 @@ impl Writer {
         }
     }
 
-    /// Writes newest values: of the devices that wait longest, or at the end of all.
+    /// Writes newest values: of the devices that wait longest, or at the end of all. One writer tells of suppressed lines as well, also
+    /// of those that another process counted before it was killed.
     async fn flush(&mut self, all: bool) {
-        if let Err(error) = self.store.flush(all, &self.metrics).await {
+        let mut flushed = self.store.flush(all, &self.metrics).await;
+        if self.index == 0 && flushed.is_ok() {
+            flushed = self.store.tell_suppressed().await;
+        }
+        if let Err(error) = flushed {
             tracing::debug!(writer = self.index, %error, "latest values could not be written yet");
             self.store.disconnect();
         }
@@ -392,15 +400,18 @@ struct Store {
     writer: i16,
     options: PgConnectOptions,
     connection: Option<PgConnection>,
+    clock: Clock,
     limits: Limits,
     line_limits: log::Limits,
+    line_rate: log::Rate,
+    suppressed_every: Duration,
     batch: Batch,
     shapes: Shapes,
     tracker: Tracker,
 }
 
 impl Store {
-    fn new(writer: usize, settings: &config::Ingest, options: PgConnectOptions) -> Self {
+    fn new(writer: usize, settings: &config::Ingest, options: PgConnectOptions, clock: Clock) -> Self {
         let limits = Limits {
             max_readings: settings.max_readings,
             max_metrics: settings.max_metrics,
@@ -410,8 +421,11 @@ impl Store {
             writer: i16::try_from(writer).expect("ingest.writers is at most 64"),
             options,
             connection: None,
+            clock,
             limits,
             line_limits: log::Limits { max_lines: settings.max_lines, max_ahead_ms: settings.max_ahead_ms },
+            line_rate: log::Rate::of(settings),
+            suppressed_every: Duration::from_secs(settings.log_suppressed_s),
             batch: Batch::new(),
             shapes: Shapes::new(settings.max_shapes),
             tracker: Tracker::new(settings.max_tracked_devices),
@@ -423,13 +437,30 @@ impl Store {
         self.shapes.forget();
     }
 
-    /// Decodes each message once; a retry commits the same rows under the same ids.
+    /// Decodes each message once; a retry commits the same rows under the same ids. Part of a batch that was refused draws on the
+    /// rates of its devices once more.
     fn sort(&mut self, items: &[Held<Item>]) -> Sorted {
         let mut sorted = Sorted::new(std::mem::take(&mut self.batch));
         for held in items {
-            sorted.add(&held.item, &self.limits, &self.line_limits);
+            sorted.add(&held.item, &self.limits, (&self.line_limits, &mut self.line_rate));
         }
+        sorted.unlimited = self.line_rate.take_unlimited();
         sorted
+    }
+
+    async fn connection(&mut self) -> fleet_core::Result<&mut PgConnection> {
+        if self.connection.is_none() {
+            self.connection = Some(PgConnection::connect_with(&self.options).await?);
+        }
+        Ok(self.connection.as_mut().expect("made just now"))
+    }
+
+    /// Writes the lines that tell of suppressed ones, where it is time.
+    async fn tell_suppressed(&mut self) -> fleet_core::Result<()> {
+        let (writer, now_ms, every) = (self.writer, self.clock.now_ms(), self.suppressed_every);
+        let mut tx = self.connection().await?.begin().await?;
+        log::suppressed::tell(&mut tx, writer, now_ms, every).await?;
+        Ok(tx.commit().await?)
     }
 
     /// One transaction for all of it; readings alone are one statement, which is its own transaction, and so are log lines alone.
@@ -440,7 +471,8 @@ impl Store {
         };
         telemetry::prepare(connection, &mut self.shapes, &mut sorted.batch).await?;
         log::prepare(connection, &mut sorted.lines).await?;
-        let is_bare = sorted.changes.is_empty() && sorted.letters.is_empty();
+        let now_ms = self.clock.now_ms();
+        let is_bare = sorted.changes.is_empty() && sorted.letters.is_empty() && sorted.lines.suppressed() == 0;
         let stored = if is_bare && sorted.lines.is_empty() {
             Stored { readings: telemetry::insert_batch(connection, &sorted.batch).await?, lines: 0 }
         } else if is_bare && sorted.batch.is_empty() {
@@ -448,6 +480,7 @@ impl Store {
         } else {
             let mut tx = connection.begin().await?;
             let readings = telemetry::insert_batch(&mut tx, &sorted.batch).await?;
+            log::suppressed::note(&mut tx, &sorted.lines, now_ms).await?;
             let stored = Stored { readings, lines: log::insert_batch(&mut tx, self.writer, &sorted.lines).await? };
             status::record(&mut tx, &sorted.changes).await?;
             dead_letter::insert(&mut tx, &sorted.letters).await?;
@@ -491,13 +524,16 @@ struct Sorted {
     telemetry: u64,
     logs: u64,
     status: u64,
+    /// Lines let through as their devices found no room among those whose rate is known.
+    unlimited: u64,
 }
 
 impl Sorted {
     fn new(mut batch: Batch) -> Self {
         batch.clear();
         let lines = log::Batch::default();
-        Self { batch, lines, changes: Vec::new(), letters: Vec::new(), telemetry: 0, logs: 0, status: 0 }
+        let (changes, letters) = (Vec::new(), Vec::new());
+        Self { batch, lines, changes, letters, telemetry: 0, logs: 0, status: 0, unlimited: 0 }
     }
 
     /// A message the database refuses, as the dead letter it becomes.
@@ -510,7 +546,7 @@ impl Sorted {
         sorted
     }
 
-    fn add(&mut self, item: &Item, limits: &Limits, line_limits: &log::Limits) {
+    fn add(&mut self, item: &Item, limits: &Limits, (line_limits, rate): (&log::Limits, &mut log::Rate)) {
         let Sender { tenant, device, .. } = *item.sender;
         match &item.what {
             What::Seen(change) => self.changes.push(change.clone()),
@@ -523,7 +559,8 @@ impl Sorted {
             }
             What::Logs(message) => {
                 self.logs += 1;
-                for rejected in self.lines.push(device, &message.publish.payload, item.received_ms, line_limits) {
+                let payload = &message.publish.payload;
+                for rejected in self.lines.push_within(device, payload, item.received_ms, line_limits, rate) {
                     self.put_aside(item, message, rejected);
                 }
             }
@@ -566,9 +603,11 @@ impl Sorted {
         metrics.stored.inc_by(stored.readings);
         metrics.clamped.inc_by(self.batch.clamped() as u64);
         metrics.duplicates.inc_by((self.batch.len() as u64).saturating_sub(stored.readings));
-        metrics.lines_stored.inc_by(stored.lines);
-        metrics.lines_clamped.inc_by(self.lines.clamped() as u64);
-        metrics.lines_cut.inc_by(self.lines.cut() as u64);
-        metrics.lines_duplicate.inc_by((self.lines.len() as u64).saturating_sub(stored.lines));
+        metrics.lines.stored.inc_by(stored.lines);
+        metrics.lines.clamped.inc_by(self.lines.clamped() as u64);
+        metrics.lines.cut.inc_by(self.lines.cut() as u64);
+        metrics.lines.suppressed.inc_by(self.lines.suppressed());
+        metrics.lines.unlimited.inc_by(self.unlimited);
+        metrics.lines.duplicate.inc_by((self.lines.len() as u64).saturating_sub(stored.lines));
     }
 }

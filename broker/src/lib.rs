@@ -268,7 +268,7 @@ impl Broker {
             metrics: metrics.clone(),
             events: events.clone(),
         });
-        let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &store, &metrics);
+        let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &store, &parts.clock, &metrics);
         let (Desks { renewals, provisioning, shadows }, desks) = open_desks(&parts, &store, &metrics);
         let (dispatch, arrived) = Dispatch::new(metrics.clone());
         let news = parts.db.clone();

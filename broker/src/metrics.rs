@@ -1,5 +1,6 @@
 //! What the broker counts. Labels are closed sets; a device or topic is never a label.
 
+mod lines;
 mod told;
 
 use std::ops::Deref;
@@ -11,6 +12,7 @@ use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, 
 
 use crate::wire::Reason;
 
+pub(crate) use self::lines::Lines;
 pub(crate) use self::told::Told;
 
 /// The broker's metrics; cloning shares them.
@@ -76,14 +78,8 @@ pub struct Meters {
     pub committed: IntCounterVec,
     /// Readings stored for the first time.
     pub stored: IntCounter,
-    /// Log lines stored for the first time.
-    pub lines_stored: IntCounter,
-    /// Log lines that were stored already.
-    pub lines_duplicate: IntCounter,
-    /// Log lines whose clock ran ahead.
-    pub lines_clamped: IntCounter,
-    /// Log lines of which something was too much.
-    pub lines_cut: IntCounter,
+    /// What is counted of log lines.
+    pub(crate) lines: Lines,
     /// Readings that were there already.
     pub duplicates: IntCounter,
     /// Payloads put aside because they could not be read.
@@ -333,22 +329,7 @@ impl Meters {
             queued: IntGauge::new("muster_ingest_queue_messages", "Messages waiting for the writers")?,
             committed: counters("muster_ingest_committed_total", "Messages committed, by kind", "kind")?,
             stored: IntCounter::new("muster_ingest_readings_stored_total", "Readings stored for the first time")?,
-            lines_stored: IntCounter::new(
-                "muster_ingest_log_lines_stored_total",
-                "Log lines stored for the first time",
-            )?,
-            lines_duplicate: IntCounter::new(
-                "muster_ingest_log_lines_duplicate_total",
-                "Log lines that were stored already",
-            )?,
-            lines_clamped: IntCounter::new(
-                "muster_ingest_log_lines_clamped_total",
-                "Log lines whose clock ran ahead by more than ingest.max_ahead_ms",
-            )?,
-            lines_cut: IntCounter::new(
-                "muster_ingest_log_lines_cut_total",
-                "Log lines whose message or fields were too long, or too many, and were cut",
-            )?,
+            lines: Lines::new()?,
             duplicates: IntCounter::new("muster_ingest_readings_duplicate_total", "Readings that were stored already")?,
             dead_letters: IntCounter::new("muster_ingest_dead_letters_total", "Payloads that could not be read")?,
             provision: counters("muster_mqtt_provision_total", "Claim requests, by outcome", "outcome")?,
@@ -428,10 +409,7 @@ impl Meters {
         registry.register(Box::new(self.committed.clone()))?;
         registry.register(Box::new(self.stored.clone()))?;
         registry.register(Box::new(self.duplicates.clone()))?;
-        registry.register(Box::new(self.lines_stored.clone()))?;
-        registry.register(Box::new(self.lines_duplicate.clone()))?;
-        registry.register(Box::new(self.lines_clamped.clone()))?;
-        registry.register(Box::new(self.lines_cut.clone()))?;
+        self.lines.register(registry)?;
         registry.register(Box::new(self.dead_letters.clone()))?;
         registry.register(Box::new(self.renewals.clone()))?;
         registry.register(Box::new(self.provision.clone()))?;

@@ -191,6 +191,9 @@ pub struct Ingest {
     pub queue_bytes: usize,
     pub max_readings: usize,
     pub max_lines: usize,
+    pub log_lines_per_s: u32,
+    pub log_lines_burst: u32,
+    pub log_suppressed_s: u64,
     pub max_metrics: usize,
     pub max_shapes: usize,
     pub max_ahead_ms: i64,
@@ -662,6 +665,10 @@ impl Config {
             (
                 self.ingest.max_readings > 0 && self.ingest.max_lines > 0 && self.ingest.max_metrics > 0,
                 "ingest.max_readings, ingest.max_lines and ingest.max_metrics: expected at least 1",
+            ),
+            (
+                self.ingest.log_lines_burst > 0 && (1..=86_400).contains(&self.ingest.log_suppressed_s),
+                "ingest.log_lines_burst: expected at least 1; ingest.log_suppressed_s: expected 1 to 86400",
             ),
             (
                 (64..=268_435_455).contains(&self.mqtt.max_packet_bytes),

@@ -2,27 +2,34 @@
 //!
 //! Lines enter by [`Batch::push`] and are kept by [`prepare`] and [`insert_batch`]. Holds: a line sent twice is stored once (key:
 //! device, ts, seq); lines are never edited; no payload, however strange, makes a batch fail. The places of one writer follow the order of
-//! its commits, so whoever has read up to a place has missed nothing before it. Ignorant of: MQTT, HTTP, users.
+//! its commits, so whoever has read up to a place has missed nothing before it. What a device logs beyond its [`Rate`] is not stored but
+//! counted and told ([`suppressed`]).
+//! Ignorant of: MQTT, HTTP, users.
 
 mod decode;
 mod line;
 pub mod pattern;
 pub mod query;
+mod rate;
+pub mod suppressed;
 mod surrounding;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use chrono::{DateTime, Utc};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
 
 pub use self::line::{Address, Line, Stretch};
+pub use self::rate::Rate;
 pub use self::surrounding::MAX_SURROUNDING;
 use crate::Result;
 use crate::clock::from_ms;
 use crate::id::DeviceKey;
+use crate::level::Level;
 use crate::telemetry::Rejected;
 
 /// Longest message, in bytes; a longer one is cut.
@@ -96,6 +103,45 @@ pub struct Batch {
     cut: Vec<i16>,
     /// The device's own time where it ran ahead.
     sent_at_ms: Vec<Option<i64>>,
+    /// Lines left out by device, because it logs more than it may.
+    suppressed: BTreeMap<i64, i64>,
+}
+
+/// A line whose parts are known one by one.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Record {
+    /// When it was written, in milliseconds since the epoch.
+    pub ts_ms: Option<i64>,
+    /// How much it matters.
+    pub level: Level,
+    /// The part of the program that wrote it.
+    pub target: Option<String>,
+    /// What it says.
+    pub message: String,
+    /// What it belongs to.
+    pub trace: Option<String>,
+    /// What else is known; of too many, the first are kept.
+    pub fields: Vec<(String, Value)>,
+    /// Tells it from one that is equal in all else.
+    pub told_apart_by: i64,
+}
+
+impl Record {
+    /// About what it takes in memory beside itself.
+    fn bytes(&self) -> usize {
+        let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        let fields = self.fields.iter().map(|(name, value)| 64 + name.len() + weight(value)).sum::<usize>();
+        self.message.len() + text(&self.target) + text(&self.trace) + fields
+    }
+}
+
+fn weight(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(values) => values.iter().map(|value| 32 + weight(value)).sum(),
+        Value::Object(members) => members.iter().map(|(name, value)| 64 + name.len() + weight(value)).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+    }
 }
 
 impl Batch {
@@ -119,21 +165,62 @@ impl Batch {
         self.cut.iter().filter(|cut| **cut != 0).count()
     }
 
+    /// Lines left out because their devices log more than they may.
+    pub fn suppressed(&self) -> u64 {
+        self.suppressed.values().map(|lines| lines.unsigned_abs()).sum()
+    }
+
     /// Decodes one message, received at `received_ms`. The good lines are appended; what could not be read comes back, each with its
     /// reason.
     pub fn push(&mut self, device: DeviceKey, payload: &[u8], received_ms: i64, limits: &Limits) -> Vec<Rejected> {
+        self.push_within(device, payload, received_ms, limits, &mut Rate::off())
+    }
+
+    /// As [`Batch::push`]; lines beyond the rate are left out and counted.
+    pub fn push_within(
+        &mut self,
+        device: DeviceKey,
+        payload: &[u8],
+        received_ms: i64,
+        limits: &Limits,
+        rate: &mut Rate,
+    ) -> Vec<Rejected> {
         let mut rejected = Vec::new();
         for (nth, line) in decode::lines(payload, limits.max_lines).into_iter().enumerate() {
             match line {
-                Ok(line) => self.push_one(device, line, nth, received_ms, limits),
+                Ok(line) if rate.take(device.0, received_ms) => {
+                    self.push_one(device, line, nth, received_ms, limits.max_ahead_ms);
+                }
+                Ok(_) => *self.suppressed.entry(device.0).or_default() += 1,
                 Err(bad) => rejected.push(bad),
             }
         }
         rejected
     }
 
-    fn push_one(&mut self, device: DeviceKey, line: decode::Line, nth: usize, received_ms: i64, limits: &Limits) {
-        let ahead = line.ts.filter(|ts| *ts > received_ms.saturating_add(limits.max_ahead_ms));
+    /// Appends a line that is known part by part; what is too much of it is cut.
+    pub fn push_record(&mut self, device: DeviceKey, record: Record, received_ms: i64, max_ahead_ms: i64) {
+        self.push_record_within(device, record, received_ms, max_ahead_ms, &mut Rate::off());
+    }
+
+    /// As [`Batch::push_record`]; a line beyond the rate is left out and counted.
+    pub fn push_record_within(
+        &mut self,
+        device: DeviceKey,
+        record: Record,
+        received_ms: i64,
+        max_ahead_ms: i64,
+        rate: &mut Rate,
+    ) {
+        if rate.take(device.0, received_ms) {
+            self.push_one(device, decode::Line::from(record), 0, received_ms, max_ahead_ms);
+        } else {
+            *self.suppressed.entry(device.0).or_default() += 1;
+        }
+    }
+
+    fn push_one(&mut self, device: DeviceKey, line: decode::Line, nth: usize, received_ms: i64, max_ahead_ms: i64) {
+        let ahead = line.ts.filter(|ts| *ts > received_ms.saturating_add(max_ahead_ms));
         let fields = (!line.fields.is_empty()).then(|| serde_json::Value::Object(line.fields.clone()).to_string());
         self.seq.push(line.seq.unwrap_or_else(|| stand_in(&line, fields.as_deref(), ahead, nth)));
         self.device.push(device.0);
@@ -167,6 +254,9 @@ fn stand_in(line: &decode::Line, fields: Option<&str>, ahead: Option<i64>, nth: 
     }
     hash.update(line.level.number().to_le_bytes());
     hash.update(told_apart_by.to_le_bytes());
+    if line.told_apart_by != 0 {
+        hash.update(line.told_apart_by.to_le_bytes());
+    }
     let digest = hash.finalize();
     let bits: [u8; 8] = digest[..8].try_into().expect("32 bytes hold 8");
     i64::from_le_bytes(bits) | i64::MIN

@@ -27,6 +27,7 @@ pub(super) struct Target {
 pub(super) enum Part {
     Telemetry,
     Log,
+    LogSuppressed,
     DeviceLatest,
     DeviceStatus,
     Shadow,
@@ -60,6 +61,7 @@ const ALWAYS: &[Part] = &[
 const PURGE: &[Part] = &[
     Part::Telemetry,
     Part::Log,
+    Part::LogSuppressed,
     Part::SessionMessage,
     Part::SessionReceived,
     Part::SessionSubscription,
@@ -88,6 +90,7 @@ impl Part {
         match self {
             Self::Telemetry => "telemetry",
             Self::Log => "log",
+            Self::LogSuppressed => "log_suppressed",
             Self::DeviceLatest => "device_latest",
             Self::DeviceStatus => "device_status",
             Self::Shadow => "shadow",
@@ -124,6 +127,9 @@ impl Part {
             }
             Self::RetainedMessage | Self::DeadLetter | Self::ConnectionEvent | Self::ClaimRequest => {
                 self.of_name(db, target, rows).await?
+            }
+            Self::LogSuppressed => {
+                sqlx::query!("delete from log_suppressed where device_key = $1", target.key.0).execute(db).await?
             }
             Self::DeviceLatest => {
                 sqlx::query!("delete from device_latest where device_key = $1", target.key.0).execute(db).await?
@@ -322,6 +328,7 @@ pub(super) async fn count(db: &mut PgConnection, target: &Target) -> Result<Coun
         r#"
         select 'telemetry' as "part!", count(*) as "rows!" from telemetry where device_key = $1
      union all select 'log', count(*) from log where device_key = $1
+     union all select 'log_suppressed', count(*) from log_suppressed where device_key = $1
      union all select 'device_latest', count(*) from device_latest where device_key = $1
      union all select 'device_status', count(*) from device_status where device_key = $1
      union all select 'shadow', count(*) from shadow where device_key = $1

@@ -32,6 +32,7 @@ async fn full(db: &TestDb, name: &str, readings: u32) -> DeviceKey {
          select {key}, day + n * interval '1 s', n, (select min(id) from shape), '{{1}}'
            from unnest(array['2020-01-01', '2025-11-20', '2025-11-21']::timestamptz[]) day, generate_series(1, {readings}) n;
          insert into log (device_key, ts, seq, writer, place, level, message, cut) select {key}, now(), n, 0, n, 3, 'm', 0 from generate_series(1, 7) n;
+         insert into log_suppressed values ({key}, now(), 9);
          insert into device_latest values ({key}, now(), '{{}}');
          insert into device_status (device_key, state, state_since, last_seen_at) values ({key}, 'online', now(), now());
          insert into shadow (device_key, version, desired, reported, updated_at) values ({key}, 7, '{{}}', '{{}}', now());
@@ -146,6 +147,7 @@ async fn after_a_purge_no_table_of_the_schema_knows_the_device() {
         ("dispatch", 1),
         ("log", 7),
         ("log_level", 1),
+        ("log_suppressed", 1),
         ("retained_message", 2),
         ("session", 1),
         ("session_message", 7),

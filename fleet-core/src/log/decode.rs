@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Cut, MAX_FIELD_NAME_BYTES, MAX_FIELDS, MAX_FIELDS_BYTES, MAX_MESSAGE_BYTES, MAX_NAME_BYTES};
+use super::{Cut, MAX_FIELD_NAME_BYTES, MAX_FIELDS, MAX_FIELDS_BYTES, MAX_MESSAGE_BYTES, MAX_NAME_BYTES, Record};
 use crate::level::Level;
 use crate::telemetry::{MAX_TS_MS, Rejected};
 
@@ -25,6 +25,22 @@ pub(super) struct Line {
     pub(super) trace: Option<String>,
     pub(super) fields: Map<String, Value>,
     pub(super) cut: Cut,
+    pub(super) told_apart_by: i64,
+}
+
+impl From<Record> for Line {
+    fn from(record: Record) -> Self {
+        let mut line =
+            Self { ts: record.ts_ms, level: record.level, told_apart_by: record.told_apart_by, ..Self::default() };
+        line.message = line.cut.text(&record.message, MAX_MESSAGE_BYTES, Cut::MESSAGE);
+        line.target = record.target.map(|target| line.cut.text(&target, MAX_NAME_BYTES, Cut::MESSAGE));
+        line.trace = record.trace.map(|trace| line.cut.text(&trace, MAX_NAME_BYTES, Cut::MESSAGE));
+        for (name, value) in &record.fields {
+            line.field(name, value, 1);
+        }
+        line.bound_fields();
+        line
+    }
 }
 
 /// The lines of a message, at most `most`; what could not be read stands among them with its reason.

@@ -67,9 +67,11 @@ check_versions() {
     at_least 2.0 "$found" || fail "mosquitto 2.0 or newer is needed, found $found"
 }
 
-# What the Python clients of the journeys need, and an OpenID provider (which takes Authlib before 2.0), in an environment of its own.
+# What the Python clients of the journeys need (OpenTelemetry's exporter among them), and an OpenID provider (which takes Authlib before 2.0), in an environment of its own.
 install_python() {
-    local wanted="paho-mqtt==2.2.0 cryptography==50.0.2 oidc-provider-mock==0.3.4 Authlib==1.9.9" venv=target/venv
+    local wanted="paho-mqtt==2.2.0 cryptography==50.0.2 oidc-provider-mock==0.3.4 Authlib==1.9.9"
+    wanted+=" opentelemetry-sdk==1.45.2 opentelemetry-exporter-otlp-proto-http==1.45.2"
+    local venv=target/venv
     if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$wanted" ] || ! "$venv/bin/python" -c 'import paho.mqtt, cryptography' 2>/dev/null; then
         say "installing $wanted into $venv"
         python3 -m venv "$venv"

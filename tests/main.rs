@@ -19,6 +19,7 @@ mod limits;
 mod log_ingest;
 mod node_red;
 mod oidc;
+mod otlp;
 mod provisioning;
 mod rates;
 mod readings;

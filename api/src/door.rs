@@ -17,6 +17,7 @@ use uuid::Uuid;
 
 use crate::client;
 use crate::denials::Visitor;
+use crate::otlp;
 use crate::problem::{self, Problem};
 use crate::state::App;
 
@@ -75,9 +76,10 @@ async fn enter(State(app): State<App>, mut request: Request, next: Next) -> Resp
     request.extensions_mut().insert(visitor.clone());
     let https = client::is_https(&request, &app.http.trusted_proxies);
     let within = Duration::from_millis(app.http.request_timeout_ms);
+    let asked = Asked { method, path: uri.path(), id: &id, otlp: otlp::spoken(&request) };
     let answered = async {
         let response = in_time(within, next.run(request)).await;
-        let response = with_problem(response, method, uri.path(), &id, &visitor, &app);
+        let response = with_problem(response, &asked, &visitor, &app);
         Span::current().record("status", response.status().as_u16());
         tracing::debug!("answered");
         response
@@ -124,8 +126,17 @@ async fn in_time(within: Duration, answer: impl Future<Output = Response>) -> Re
     tokio::time::timeout(within, answer).await.unwrap_or_else(|_| late())
 }
 
+/// What of a request its problem tells.
+struct Asked<'a> {
+    method: &'static str,
+    path: &'a str,
+    id: &'a str,
+    /// The encoding of a request that follows the OpenTelemetry Protocol, which says how a problem looks.
+    otlp: Option<otlp::Encoding>,
+}
+
 /// Writes the body of a problem; an error without a body of its own becomes one.
-fn with_problem(mut response: Response, method: &str, path: &str, id: &str, visitor: &Visitor, app: &App) -> Response {
+fn with_problem(mut response: Response, asked: &Asked<'_>, visitor: &Visitor, app: &App) -> Response {
     let bare = response.status().is_client_error() || response.status().is_server_error();
     let bare = bare && !is_json(response.headers());
     let told = response.extensions_mut().remove::<Problem>();
@@ -134,11 +145,15 @@ fn with_problem(mut response: Response, method: &str, path: &str, id: &str, visi
     if matches!(problem.status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
         && let Some(author) = visitor.author()
     {
-        app.denied(author, problem.permission.unwrap_or(problem.kind), format!("{method} {path}"));
+        app.denied(author, problem.permission.unwrap_or(problem.kind), format!("{} {}", asked.method, asked.path));
     }
-    let body = serde_json::to_vec(&problem.document(path, id)).unwrap_or_default();
+    let document = problem.document(asked.path, asked.id);
+    let (kind, body) = match asked.otlp {
+        Some(encoding) => (encoding.media_type(), encoding.status(problem.status, document.detail)),
+        None => (HeaderValue::from_static(problem::MEDIA_TYPE), serde_json::to_vec(&document).unwrap_or_default()),
+    };
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(problem::MEDIA_TYPE));
+    headers.insert(header::CONTENT_TYPE, kind);
     headers.remove(header::CONTENT_LENGTH);
     *response.body_mut() = Body::from(body);
     response

@@ -202,6 +202,7 @@ rights!(
     TelemetryRead,
     ShadowRead,
     ShadowWrite,
+    LogsWrite,
     DeadLettersRead,
     ConnectionsRead,
     ConnectionsManage,

@@ -20,6 +20,7 @@ mod door;
 mod extract;
 mod metrics;
 mod oidc;
+mod otlp;
 mod page;
 mod problem;
 mod resource;
@@ -89,6 +90,7 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(telemetry::series))
         .routes(routes!(telemetry::latest))
         .routes(routes!(shadows::read, shadows::change))
+        .routes(routes!(routes::otlp::ingest))
         .routes(routes!(dead_letters::list))
         .routes(routes!(sessions::list))
         .routes(routes!(sessions::read, sessions::end))
@@ -179,6 +181,7 @@ pub fn refusal(status: u16, kind: &'static str, detail: impl Into<String>) -> Re
         (name = "authorities", description = "Who signs the certificates of devices, and vouches for them"),
         (name = "claims", description = "By which devices ask to come in"),
         (name = "telemetry", description = "What devices say about themselves"),
+        (name = "logs", description = "What devices log"),
         (name = "shadow", description = "What devices are to be, and what they say they are"),
         (name = "dead-letters", description = "Payloads that could not be read"),
         (name = "sessions", description = "What outlives the connections of clients: subscriptions, and messages that wait"),

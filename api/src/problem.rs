@@ -87,7 +87,7 @@ pub(crate) struct Document<'a> {
     /// The HTTP status.
     status: u16,
     /// What went wrong this time.
-    detail: &'a str,
+    pub(crate) detail: &'a str,
     /// The path that was asked.
     instance: &'a str,
     /// The `x-request-id` of the answer, to be found in the server's log.

@@ -21,6 +21,7 @@ pub(crate) mod login_failures;
 pub(crate) mod login_sessions;
 pub(crate) mod oidc;
 pub(crate) mod operations;
+pub(crate) mod otlp;
 pub(crate) mod passwords;
 pub(crate) mod provision;
 pub(crate) mod roles;

@@ -19,6 +19,7 @@ use sqlx::{AssertSqlSafe, PgPool, Postgres, Transaction};
 use crate::denials::Denials;
 use crate::metrics::Metrics;
 use crate::oidc::Provider;
+use crate::otlp::Receiver;
 use crate::problem::Problem;
 
 /// A check that has not answered by then counts as failed.
@@ -46,12 +47,13 @@ pub struct App {
     pub(crate) oidc: Option<Arc<Provider>>,
     /// Log lines by what they say.
     pub(crate) index: Option<Index>,
+    pub(crate) otlp: Arc<Receiver>,
     /// `Strict-Transport-Security`, unless that is switched off.
     pub(crate) hsts: Option<HeaderValue>,
 }
 
 impl App {
-    /// Registers its metrics in `registry`, which `/metrics` prints as a whole.
+    /// Registers its metrics in `registry`, which `/metrics` prints as a whole. To be called within a runtime.
     ///
     /// # Errors
     /// When a metric of the same name is registered already.
@@ -73,6 +75,7 @@ impl App {
         let hsts = HeaderValue::from_str(&format!("max-age={}; includeSubDomains", http.hsts_s)).ok();
         let hsts = hsts.filter(|_| http.hsts_s > 0);
         let oidc = Provider::of(&config.oidc, &clock);
+        let otlp = Arc::new(Receiver::start(&db, &clock, config, &registry)?);
         Ok(Self {
             db,
             clock,
@@ -90,6 +93,7 @@ impl App {
             denials,
             oidc,
             index: None,
+            otlp,
             hsts,
         })
     }

@@ -34,6 +34,7 @@ pub struct Config {
     pub admission: Admission,
     pub ingest: Ingest,
     pub shadow: Shadow,
+    pub otlp: Otlp,
     pub database: Database,
     pub auth: Auth,
     pub oidc: Oidc,
@@ -198,6 +199,18 @@ pub struct Ingest {
     pub max_shapes: usize,
     pub max_ahead_ms: i64,
     pub max_tracked_devices: usize,
+}
+
+/// `[otlp]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Otlp {
+    pub max_body_bytes: usize,
+    pub max_records: usize,
+    pub max_reading: usize,
+    pub queue_bytes: usize,
+    pub batch_lines: usize,
 }
 
 /// `[database]`
@@ -669,6 +682,14 @@ impl Config {
             (
                 self.ingest.log_lines_burst > 0 && (1..=86_400).contains(&self.ingest.log_suppressed_s),
                 "ingest.log_lines_burst: expected at least 1; ingest.log_suppressed_s: expected 1 to 86400",
+            ),
+            (
+                self.otlp.max_records > 0 && self.otlp.batch_lines > 0 && self.otlp.queue_bytes > 0,
+                "otlp.max_records, otlp.batch_lines and otlp.queue_bytes: expected at least 1",
+            ),
+            (
+                (1..=1000).contains(&self.otlp.max_reading) && self.otlp.max_body_bytes <= 67_108_864,
+                "otlp.max_reading: expected 1 to 1000; otlp.max_body_bytes: expected at most 67108864",
             ),
             (
                 (64..=268_435_455).contains(&self.mqtt.max_packet_bytes),

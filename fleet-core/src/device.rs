@@ -363,6 +363,24 @@ pub async fn open_all(db: &mut PgConnection, tenant: TenantKey, devices: &[Devic
     Ok(())
 }
 
+/// Those of these devices that are there and not disabled, with their rows.
+pub async fn enabled_among(
+    db: &mut PgConnection,
+    tenant: TenantKey,
+    ids: &[DeviceId],
+) -> Result<Vec<(DeviceId, DeviceKey)>> {
+    let ids = ids.iter().map(|id| id.as_str().to_owned()).collect::<Vec<_>>();
+    let rows = sqlx::query!(
+        r#"
+        select id as "id: DeviceId", key as "key: DeviceKey"
+          from device where tenant_key = $1 and id = any($2) and not disabled
+        "#,
+        tenant.0,
+        &ids
+    );
+    Ok(rows.fetch_all(db).await?.into_iter().map(|row| (row.id, row.key)).collect())
+}
+
 /// At most `limit` (itself at most [`MAX_PAGE`]) of the devices that `filter` asks for, beginning behind the id `after`.
 /// To be called in a transaction.
 pub async fn page(

@@ -3,10 +3,11 @@
 //! Lines enter by [`Batch::push`] and are kept by [`prepare`] and [`insert_batch`]. Holds: a line sent twice is stored once (key:
 //! device, ts, seq); lines are never edited; no payload, however strange, makes a batch fail. The places of one writer follow the order of
 //! its commits, so whoever has read up to a place has missed nothing before it. What a device logs beyond its [`Rate`] is not stored but
-//! counted and told ([`suppressed`]).
+//! counted and told ([`suppressed`]). Lines that do not come over MQTT enter as [`Record`]s by an [`intake`].
 //! Ignorant of: MQTT, HTTP, users.
 
 mod decode;
+pub mod intake;
 mod line;
 pub mod pattern;
 pub mod query;
@@ -31,6 +32,9 @@ use crate::clock::from_ms;
 use crate::id::DeviceKey;
 use crate::level::Level;
 use crate::telemetry::Rejected;
+
+/// The writer of lines that come over HTTP, among [`insert_batch`]'s writers. The broker's are numbered from 0 to 63.
+pub const OTLP_WRITER: i16 = 1000;
 
 /// Longest message, in bytes; a longer one is cut.
 pub const MAX_MESSAGE_BYTES: usize = 32 * 1024;

@@ -90,6 +90,8 @@ permissions! {
         [(Subscribe, "shadow/update/accepted"), (Subscribe, "shadow/update/delta")];
     /// change what devices are to be, the level of their logs included
     ShadowWrite = "shadow:write", Devices, [];
+    /// store log lines of devices: for programs that speak OpenTelemetry
+    LogsWrite = "logs:write", Devices, [];
     /// send commands to devices and see what becomes of them
     CommandsSend = "commands:send", Devices,
         [(All, "commands/+/request"), (Subscribe, "commands/+/response")];

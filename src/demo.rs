@@ -36,6 +36,9 @@ pub(crate) struct Args {
     /// Readings a second of all devices together.
     #[arg(long, default_value_t = 100.0)]
     rate: f64,
+    /// Log lines a second of all devices together.
+    #[arg(long, default_value_t = 10.0)]
+    log_rate: f64,
 }
 
 /// How to log in to the demo; kept beside its data so that a second run knows it.
@@ -110,6 +113,7 @@ async fn play(server: &Server, args: &Args, login: &Login, stop: &CancellationTo
         access: Access::Password { email: login.email.clone(), password: login.password.clone() },
         devices: args.devices,
         rate: args.rate,
+        log_rate: args.log_rate,
         // A simulation goes on until it is stopped, whatever stands here.
         duration: Duration::from_hours(1),
         payload_bytes: 200,

@@ -54,6 +54,9 @@ struct Load {
     /// Readings a second of all devices together.
     #[arg(long, default_value_t = 100.0, value_name = "R")]
     rate: f64,
+    /// Log lines a second of all devices together.
+    #[arg(long, default_value_t = 0.0, value_name = "R")]
+    log_rate: f64,
     /// For how long: 500ms, 30s, 5m, 2h, 1d.
     #[arg(long, default_value = "30s", value_parser = duration, value_name = "TIME")]
     duration: Duration,
@@ -159,6 +162,7 @@ async fn load(load: &Load) -> Result<device_sim::Report, Error> {
         access: load.server.access()?,
         devices: load.devices,
         rate: load.rate,
+        log_rate: load.log_rate,
         duration: load.duration,
         payload_bytes: load.payload_bytes,
         seed: load.seed,

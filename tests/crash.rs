@@ -58,6 +58,7 @@ fn scenario(fleet: &Fleet) -> Scenario {
         access: Access::Password { email: ADMIN.0.into(), password: ADMIN.1.into() },
         devices: 20,
         rate: 400.0,
+        log_rate: 100.0,
         duration: Duration::from_hours(12),
         payload_bytes: 200,
         seed: 7,

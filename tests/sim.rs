@@ -45,6 +45,23 @@ async fn the_ledger_finds_everything_and_notices_what_is_taken_away() {
 }
 
 #[tokio::test]
+async fn every_log_line_that_was_acknowledged_is_stored_once() {
+    let fleet = Fleet::start().await;
+    let mqtt = fleet.mqtt_addr().to_string();
+    let load =
+        ["--devices", "5", "--rate", "20", "--log-rate", "200", "--duration", "2s", "--reconnects-per-minute", "120"];
+    let run = sim(&fleet, &[&load[..], &["--mqtt", &mqtt, "--json", "--seed", "5"]].concat()).await;
+    assert_eq!(run.status.code(), Some(0), "{run:?}");
+    let report = json(&run);
+    let (sent, acknowledged) = (report["lines_sent"].as_i64(), report["lines_acknowledged"].as_i64());
+    assert!(acknowledged > Some(200) && acknowledged == sent, "{report}");
+    let count = "select count(*), count(distinct level), count(distinct (device_key, seq)) from log where seq > 0";
+    let stored: (i64, i64, i64) = sqlx::query_as(count).fetch_one(fleet.db()).await.expect("the database answers");
+    assert_eq!((Some(stored.0), stored.0), (sent, stored.2), "{report}");
+    assert!(stored.1 >= 4, "levels: {}", stored.1);
+}
+
+#[tokio::test]
 async fn a_wrong_login_and_a_server_that_is_away_are_told_in_a_line() {
     let away = muster()
         .args(["sim", "--devices", "1", "--duration", "1s", "--password", "x"])

@@ -12,13 +12,17 @@ pub struct Counters {
     pub online: AtomicU64,
     /// Distinct readings handed to the network.
     pub sent: AtomicU64,
-    /// Readings handed to the network again because a connection ended before their acknowledgement.
+    /// Readings and lines handed to the network again because a connection ended before their acknowledgement.
     pub resent: AtomicU64,
     /// Readings sent again after their acknowledgement, on purpose.
     pub duplicates: AtomicU64,
     /// Distinct readings acknowledged.
     pub acknowledged: AtomicU64,
-    /// Readings a device did not take because its memory was full.
+    /// Distinct log lines handed to the network.
+    pub lines_sent: AtomicU64,
+    /// Distinct log lines acknowledged.
+    pub lines_acknowledged: AtomicU64,
+    /// Readings and lines a device did not take because its memory was full.
     pub skipped: AtomicU64,
     /// Connections cut on purpose.
     pub reconnects: AtomicU64,

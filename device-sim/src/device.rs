@@ -1,7 +1,7 @@
 //! One honest device.
 //!
-//! Holds: every reading is taken on schedule whether or not there is a connection, and is kept until the server
-//! acknowledges it; after any failure it is sent again, the same. So nothing is lost when the server is killed.
+//! Holds: every reading is taken and every log line written on schedule whether or not there is a connection, and is kept until the
+//! server acknowledges it; after any failure it is sent again, the same. So nothing is lost when the server is killed.
 //! Bounds: [`Setup::backlog`] readings in memory (further ones are not taken, and counted), [`link::WINDOW`] on the wire.
 
 use std::collections::{HashMap, VecDeque};
@@ -19,8 +19,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::counters::{self, Counters, Online};
 use crate::ledger::{Acknowledged, Entry};
+use crate::line::Author;
 use crate::link::{self, Happened, Version};
-use crate::reading::{Purpose, Reading, Sampler, randomness};
+use crate::reading::{Kind, Purpose, Reading, Sampler, randomness};
 use crate::rest::Credential;
 use crate::scenario::Faults;
 
@@ -40,6 +41,8 @@ pub(crate) struct Setup {
     pub(crate) payload_bytes: usize,
     /// From one reading of a device to the next.
     pub(crate) interval: Duration,
+    /// From one log line of a device to the next; none: it writes none.
+    pub(crate) line_interval: Option<Duration>,
     /// When the fleet started, by both clocks.
     pub(crate) start: Instant,
     pub(crate) start_ms: i64,
@@ -71,9 +74,12 @@ pub(crate) struct Device {
     topic: Topics,
     birth: Bytes,
     sampler: Sampler,
+    author: Author,
     rng: ChaCha8Rng,
     /// Readings whose time has come, counted from the start.
     taken: u32,
+    /// Lines likewise.
+    written: u32,
     offset: Duration,
     /// Held back until the reading with that number has been taken.
     late: Vec<(u64, Reading)>,
@@ -86,6 +92,7 @@ pub(crate) struct Device {
 struct Topics {
     status: String,
     telemetry: String,
+    logs: String,
 }
 
 /// Why a connection ended.
@@ -110,7 +117,7 @@ impl Device {
     pub(crate) fn new(index: u32, offset: Duration, id: &str, credential: Credential, setup: Arc<Setup>) -> Self {
         let tenant = credential.username.split('/').next().unwrap_or_default();
         let topic = |kind: &str| format!("fleet/v1/{tenant}/{id}/{kind}");
-        let topic = Topics { status: topic("status"), telemetry: topic("telemetry") };
+        let topic = Topics { status: topic("status"), telemetry: topic("telemetry"), logs: topic("logs") };
         let options = link::Options {
             host: setup.host.clone(),
             port: setup.port,
@@ -129,8 +136,10 @@ impl Device {
             topic,
             birth: format!(r#"{{"state":"online","boot_id":"{boot_id}","firmware":"{FIRMWARE}"}}"#).into(),
             sampler: Sampler::new(setup.seed, index, setup.payload_bytes),
+            author: Author::new(setup.seed, index),
             rng: randomness(setup.seed, index, Purpose::Faults),
             taken: 0,
+            written: 0,
             offset,
             late: Vec::new(),
             waiting: VecDeque::new(),
@@ -178,7 +187,7 @@ impl Device {
             if let ControlFlow::Break(ended) = connection.advance() {
                 return ended;
             }
-            let next_reading = connection.device.next_reading();
+            let next_due = connection.device.next_due();
             tokio::select! {
                 event = events.next() => match event.unwrap_or_else(|| Err("the connection ended".into())) {
                     Ok(happened) => if let ControlFlow::Break(ended) = connection.on(happened).await { return ended },
@@ -188,7 +197,7 @@ impl Device {
                         return Ended::Failed;
                     }
                 },
-                () = until(next_reading), if connection.online.is_some() => {}
+                () = until(next_due), if connection.online.is_some() => {}
                 () = until(cut_at), if connection.online.is_some() && !connection.leaving => {
                     counters::add(&setup.counters.reconnects);
                     return Ended::Cut;
@@ -205,9 +214,22 @@ impl Device {
         Instant::now().checked_add(wait)
     }
 
+    /// When the next reading or line is due.
+    fn next_due(&self) -> Option<Instant> {
+        [self.next_reading(), self.next_line()].into_iter().flatten().min()
+    }
+
     /// When the next reading is due, if one is still to be taken.
     fn next_reading(&self) -> Option<Instant> {
-        let due = self.setup.start + self.offset + self.setup.interval * self.taken;
+        self.before_the_end(self.setup.start + self.offset + self.setup.interval * self.taken)
+    }
+
+    /// When the next line is due, if one is still to be written.
+    fn next_line(&self) -> Option<Instant> {
+        self.before_the_end(self.setup.start + self.offset + self.setup.line_interval? * self.written)
+    }
+
+    fn before_the_end(&self, due: Instant) -> Option<Instant> {
         let ends = [self.setup.end, self.setup.finished.get().copied()];
         let over = ends.into_iter().flatten().any(|end| due >= end);
         (!over).then_some(due)
@@ -216,14 +238,16 @@ impl Device {
     /// Takes every reading that is due, with the time it was due: while a device waits for the network, it still measures.
     fn sample(&mut self) {
         let now = Instant::now();
+        while let Some(due) = self.next_line().filter(|due| *due <= now) {
+            self.written += 1;
+            if let Some(ts_ms) = self.room_at(due) {
+                let line = self.author.write(ts_ms);
+                self.waiting.push_back(line);
+            }
+        }
         while let Some(due) = self.next_reading().filter(|due| *due <= now) {
             self.taken += 1;
-            if self.waiting.len() + self.late.len() + self.flying >= self.setup.backlog {
-                counters::add(&self.setup.counters.skipped);
-                continue;
-            }
-            let since_start = due.duration_since(self.setup.start).as_millis();
-            let ts_ms = self.setup.start_ms + i64::try_from(since_start).unwrap_or(i64::MAX / 2);
+            let Some(ts_ms) = self.room_at(due) else { continue };
             let reading = self.sampler.take(ts_ms);
             let number = reading.seq;
             if self.rng.random_bool(self.setup.faults.late) {
@@ -235,6 +259,18 @@ impl Device {
             self.late = late;
             self.waiting.extend(due.into_iter().map(|(_, reading): (u64, Reading)| reading));
         }
+    }
+}
+
+impl Device {
+    /// The device's time at that moment, when there is room for one more.
+    fn room_at(&self, due: Instant) -> Option<i64> {
+        if self.waiting.len() + self.late.len() + self.flying >= self.setup.backlog {
+            counters::add(&self.setup.counters.skipped);
+            return None;
+        }
+        let since_start = due.duration_since(self.setup.start).as_millis();
+        Some(self.setup.start_ms + i64::try_from(since_start).unwrap_or(i64::MAX / 2))
     }
 }
 
@@ -317,7 +353,11 @@ impl<'a> Connection<'a> {
             Publish::Status => self.hand(Publish::Status, self.device.birth.clone()),
             Publish::Farewell => self.hand(Publish::Farewell, Bytes::from_static(FAREWELL.as_bytes())),
             Publish::Reading(mut reading) => {
-                counters::add(if reading.first_sent.is_none() { &counters.sent } else { &counters.resent });
+                counters::add(match (reading.first_sent, reading.kind) {
+                    (Some(_), _) => &counters.resent,
+                    (None, Kind::Reading) => &counters.sent,
+                    (None, Kind::Line) => &counters.lines_sent,
+                });
                 reading.first_sent.get_or_insert_with(std::time::Instant::now);
                 let payload = reading.payload.clone();
                 self.hand(Publish::Reading(reading), payload)
@@ -329,6 +369,7 @@ impl<'a> Connection<'a> {
     fn hand(&mut self, what: Publish, payload: Bytes) -> ControlFlow<Ended> {
         let (topic, retain) = match what {
             Publish::Status | Publish::Farewell => (&self.device.topic.status, true),
+            Publish::Reading(Reading { kind: Kind::Line, .. }) => (&self.device.topic.logs, false),
             Publish::Reading(_) | Publish::Duplicate => (&self.device.topic.telemetry, false),
         };
         let handed = self.sender.publish(topic, retain, payload);
@@ -370,6 +411,10 @@ impl<'a> Connection<'a> {
     async fn acknowledged(&mut self, reading: Reading) -> ControlFlow<Ended> {
         self.device.flying -= 1;
         let setup = &self.device.setup;
+        if reading.kind == Kind::Line {
+            counters::add(&setup.counters.lines_acknowledged);
+            return ControlFlow::Continue(());
+        }
         counters::add(&setup.counters.acknowledged);
         if let Some(sent) = reading.first_sent {
             setup.counters.latency.record(sent.elapsed());

@@ -5,6 +5,7 @@
 //! | many devices: enrolment, load, end, verdict | [`scenario`] |
 //! | one honest device: it keeps a reading until it is acknowledged | `device` |
 //! | what a device measures, reproducible from a seed | `reading` |
+//! | what it logs, likewise | `line` |
 //! | one MQTT connection, 3.1.1 or 5 | `link` |
 //! | what was acknowledged, compared with what REST finds | [`ledger`] |
 //! | the REST calls a fleet needs | [`rest`] |
@@ -19,6 +20,7 @@ mod device;
 mod error;
 pub mod latency;
 pub mod ledger;
+mod line;
 mod link;
 mod reading;
 pub mod rest;

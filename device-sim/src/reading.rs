@@ -32,14 +32,25 @@ pub(crate) fn randomness(seed: u64, device: u32, purpose: Purpose) -> ChaCha8Rng
 pub(crate) enum Purpose {
     Values = 0,
     Faults = 1,
+    Lines = 2,
 }
 
-/// One reading, kept as it goes over the wire so that sending it again sends the same.
+/// What a device sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A reading.
+    Reading,
+    /// A log line.
+    Line,
+}
+
+/// One reading or log line, kept as it goes over the wire so that sending it again sends the same.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Reading {
+    pub(crate) kind: Kind,
     /// Device time, in ms since the epoch.
     pub(crate) ts_ms: i64,
-    /// Number since boot, from 1.
+    /// Number since boot, from 1; each kind counts by itself.
     pub(crate) seq: u64,
     pub(crate) payload: Bytes,
     /// When it was first handed to the network.
@@ -74,7 +85,7 @@ impl Sampler {
     pub(crate) fn take(&mut self, ts_ms: i64) -> Reading {
         self.seq += 1;
         self.drift();
-        Reading { ts_ms, seq: self.seq, payload: self.print(ts_ms), first_sent: None }
+        Reading { kind: Kind::Reading, ts_ms, seq: self.seq, payload: self.print(ts_ms), first_sent: None }
     }
 
     fn drift(&mut self) {

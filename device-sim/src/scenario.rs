@@ -38,6 +38,8 @@ pub const BACKLOG_BYTES: usize = 64 << 20;
 pub const DRAIN: Duration = Duration::from_secs(30);
 /// Fewest and most unacknowledged readings a device keeps.
 const BACKLOG: (usize, usize) = (32, 4096);
+/// From one log line of a device to the next, at the most: later is never.
+const LONGEST_INTERVAL: Duration = Duration::from_hours(365 * 24);
 const ENROLLING: usize = 8;
 const CONNECTING: usize = 64;
 /// Acknowledgements on their way to the ledger.
@@ -58,6 +60,8 @@ pub struct Scenario {
     pub devices: u32,
     /// Readings a second of all devices together, above 0 and up to [`MAX_RATE`].
     pub rate: f64,
+    /// Log lines a second of all devices together, 0 to [`MAX_RATE`].
+    pub log_rate: f64,
     /// For how long readings are taken, up to [`MAX_DURATION`]; a [`Simulation`] ignores it.
     pub duration: Duration,
     /// Length of a reading's payload, up to [`MAX_PAYLOAD_BYTES`]; a reading is never shorter than its values.
@@ -138,6 +142,10 @@ pub struct Report {
     pub acknowledged: u64,
     /// Acknowledged readings a second.
     pub acknowledged_per_s: f64,
+    /// Distinct log lines sent.
+    pub lines_sent: u64,
+    /// Distinct log lines acknowledged.
+    pub lines_acknowledged: u64,
     /// Acknowledged readings found by REST.
     pub found: u64,
     /// Acknowledged readings not found.
@@ -185,6 +193,10 @@ impl fmt::Display for Report {
         row("sent", &self.sent)?;
         row("acknowledged", &self.acknowledged)?;
         row("  a second", &format_args!("{:.0}", self.acknowledged_per_s))?;
+        if self.lines_sent > 0 {
+            row("log lines sent", &self.lines_sent)?;
+            row("  acknowledged", &self.lines_acknowledged)?;
+        }
         row("found", &self.found)?;
         row("missing", &self.missing)?;
         row("duplicated", &self.duplicated)?;
@@ -248,6 +260,7 @@ impl Scenario {
         let rules = [
             ((1..=MAX_DEVICES).contains(&self.devices), format!("devices: expected 1 to {MAX_DEVICES}")),
             (self.rate > 0.0 && self.rate <= MAX_RATE, format!("rate: expected above 0 and up to {MAX_RATE} a second")),
+            (self.log_rate >= 0.0 && self.log_rate <= MAX_RATE, format!("log-rate: expected 0 to {MAX_RATE} a second")),
             (self.payload_bytes <= MAX_PAYLOAD_BYTES, format!("payload-bytes: expected up to {MAX_PAYLOAD_BYTES}")),
             (
                 !self.duration.is_zero() && self.duration <= MAX_DURATION,
@@ -336,6 +349,8 @@ impl Scenario {
             sent: get(&counters.sent),
             acknowledged,
             acknowledged_per_s,
+            lines_sent: get(&counters.lines_sent),
+            lines_acknowledged: get(&counters.lines_acknowledged),
             found: verdict.found,
             missing: verdict.missing,
             duplicated: verdict.duplicated,
@@ -428,6 +443,11 @@ impl Fleet {
             seed: scenario.seed,
             payload_bytes: scenario.payload_bytes,
             interval: Duration::from_secs_f64(f64::from(scenario.devices) / scenario.rate),
+            line_interval: (scenario.log_rate > 0.0).then(|| {
+                Duration::try_from_secs_f64(f64::from(scenario.devices) / scenario.log_rate)
+                    .unwrap_or(LONGEST_INTERVAL)
+                    .min(LONGEST_INTERVAL)
+            }),
             start,
             start_ms: i64::try_from(now.as_millis()).unwrap_or_default(),
             end: start.checked_add(scenario.duration),

@@ -57,6 +57,7 @@ impl Server {
             access: Access::Password { email: "admin@example.com".into(), password: PASSWORD.into() },
             devices: 6,
             rate: 600.0,
+            log_rate: 0.0,
             duration: Duration::from_millis(700),
             payload_bytes: 200,
             seed: 1,

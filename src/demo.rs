@@ -55,12 +55,12 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     if loaded.config.log.filter == QUIETED {
         "warn".clone_into(&mut loaded.config.log.filter);
     }
-    settings::start_logging(&loaded.config)?;
+    let taken = settings::start_logging(&loaded.config)?;
     let stop = stop_signal()?;
     let login_file = loaded.data_dir.join("demo-login.json");
     let environment = loaded.environment.clone();
     eprintln!("starting the database in {} …", loaded.data_dir.display());
-    let server = Server::start(loaded, &Role::ALL).await?;
+    let server = Server::start(loaded, &Role::ALL, taken).await?;
     let played = match login(&server, &environment, &login_file) {
         Ok(login) => play(&server, &args, &login, &stop).await,
         Err(error) => Err(error),

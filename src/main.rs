@@ -7,6 +7,7 @@ mod exit;
 mod index;
 mod remote;
 mod serve;
+mod server_log;
 mod settings;
 mod sim;
 mod tls;

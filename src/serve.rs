@@ -31,6 +31,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::exit::CannotListen;
+use crate::server_log::{Keeper, Taken};
 use crate::settings::{self, Loaded};
 use crate::websocket;
 
@@ -70,9 +71,9 @@ impl Role {
 /// Runs the server until it is told to stop.
 pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let loaded = settings::load()?;
-    settings::start_logging(&loaded.config)?;
+    let taken = settings::start_logging(&loaded.config)?;
     let stop = stop_signal()?;
-    let server = Server::start(loaded, &args.roles).await?;
+    let server = Server::start(loaded, &args.roles, taken).await?;
     // A password that was chosen by others is not repeated.
     if let Some(admin) = server.first_admin.as_ref().filter(|admin| admin.generated) {
         println!("first admin: {} password: {}", admin.email, admin.password.expose());
@@ -106,6 +107,7 @@ pub(crate) struct Server {
     broker: Option<Broker>,
     http: Option<Http>,
     worker: Option<Worker>,
+    keeper: Option<Keeper>,
     database: Database,
 }
 
@@ -119,8 +121,8 @@ impl fmt::Display for Server {
 }
 
 impl Server {
-    /// Starts the parts that `roles` name, on the database the settings name.
-    pub(crate) async fn start(loaded: Loaded, roles: &[Role]) -> anyhow::Result<Self> {
+    /// Starts the parts that `roles` name, on the database the settings name, and keeps what is `taken` of its log.
+    pub(crate) async fn start(loaded: Loaded, roles: &[Role], taken: Option<Taken>) -> anyhow::Result<Self> {
         let Loaded { config, environment, data_dir } = loaded;
         let plays = |role| roles.contains(&role);
         let clock = Clock::system();
@@ -143,6 +145,8 @@ impl Server {
         if let Some(cluster) = database.cluster() {
             registry.register(Box::new(cluster.restarts().clone()))?;
         }
+        let keeper =
+            taken.map(|taken| Keeper::start(taken, database.pool(), &config, &clock, &registry)).transpose()?;
         let pki = Pki::new(config.certificates.clone(), &data_dir);
         let broker = if plays(Role::Broker) {
             Some(start_broker(&config, &data_dir, &database, (&keys, &pki), &clock, &registry).await?)
@@ -163,7 +167,7 @@ impl Server {
         } else {
             None
         };
-        Ok(Self { first_admin, broker, http, worker, database })
+        Ok(Self { first_admin, broker, http, worker, keeper, database })
     }
 
     /// Where REST answers, when this process has the role.
@@ -192,6 +196,9 @@ impl Server {
         }
         if let Some(worker) = self.worker {
             worker.stop().await;
+        }
+        if let Some(keeper) = self.keeper {
+            keeper.stop().await;
         }
         self.database.close().await;
         tracing::info!("stopped");

@@ -24,6 +24,7 @@ mod provisioning;
 mod rates;
 mod readings;
 mod roles;
+mod server_log;
 mod sessions;
 mod settings;
 mod shadow;

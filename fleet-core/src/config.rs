@@ -12,7 +12,9 @@ use ipnet::IpNet;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::id::RoleId;
+use crate::error::Error;
+use crate::id::{DeviceId, RoleId, TenantId};
+use crate::level::Level;
 
 /// The commented default settings.
 pub const DEFAULTS: &str = include_str!("../../config/muster.toml");
@@ -44,6 +46,7 @@ pub struct Config {
     pub retention: Retention,
     pub search: Search,
     pub log: Log,
+    pub server_log: ServerLog,
 }
 
 /// `[http]`
@@ -470,6 +473,28 @@ pub struct Log {
     pub format: LogFormat,
 }
 
+/// `[server_log]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct ServerLog {
+    pub device: String,
+    pub level: Level,
+}
+
+impl ServerLog {
+    /// The device whose lines they are; none where that is switched off.
+    pub fn device(&self) -> Result<Option<(TenantId, DeviceId)>, Error> {
+        if self.device.is_empty() {
+            return Ok(None);
+        }
+        let wrong = || Error::Invalid(format!("server_log.device: {:?}: expected tenant/device", self.device));
+        let (tenant, device) = self.device.split_once('/').ok_or_else(wrong)?;
+        let (tenant, device) = (TenantId::try_from(tenant.to_owned()), DeviceId::try_from(device.to_owned()));
+        tenant.ok().zip(device.ok()).map(Some).ok_or_else(wrong)
+    }
+}
+
 /// What becomes of a client that sends faster than it may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -687,6 +712,7 @@ impl Config {
                 self.otlp.max_records > 0 && self.otlp.batch_lines > 0 && self.otlp.queue_bytes > 0,
                 "otlp.max_records, otlp.batch_lines and otlp.queue_bytes: expected at least 1",
             ),
+            (self.server_log.device().is_ok(), "server_log.device: expected \"\" or tenant/device"),
             (
                 (1..=1000).contains(&self.otlp.max_reading) && self.otlp.max_body_bytes <= 67_108_864,
                 "otlp.max_reading: expected 1 to 1000; otlp.max_body_bytes: expected at most 67108864",

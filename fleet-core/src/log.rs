@@ -35,6 +35,8 @@ use crate::telemetry::Rejected;
 
 /// The writer of lines that come over HTTP, among [`insert_batch`]'s writers. The broker's are numbered from 0 to 63.
 pub const OTLP_WRITER: i16 = 1000;
+/// The writer of the server's own log.
+pub const SERVER_WRITER: i16 = 1001;
 
 /// Longest message, in bytes; a longer one is cut.
 pub const MAX_MESSAGE_BYTES: usize = 32 * 1024;

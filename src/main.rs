@@ -1,10 +1,11 @@
-//! The command line: `muster serve`, `demo`, `sim`, `access`, `audit`, `index`, `tls`, `config`. Thin: each subcommand is a file.
+//! The command line: `muster serve`, `demo`, `sim`, `logs`, `access`, `audit`, `index`, `tls`, `config`. Thin: each is a file.
 
 mod access;
 mod audit;
 mod demo;
 mod exit;
 mod index;
+mod logs;
 mod remote;
 mod serve;
 mod server_log;
@@ -37,6 +38,8 @@ enum Command {
     Demo(demo::Args),
     /// Simulate devices against a server and prove that nothing acknowledged was lost.
     Sim(Box<sim::Args>),
+    /// Show what devices log, or go on with it as it is written.
+    Logs(Box<logs::Args>),
     /// Ask who may do what, and what a change would give and take.
     #[command(subcommand)]
     Access(access::Command),
@@ -62,6 +65,7 @@ async fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args).await,
         Command::Demo(args) => demo::run(args).await,
         Command::Sim(args) => sim::run(*args).await,
+        Command::Logs(args) => logs::run(*args).await,
         Command::Access(command) => access::run(command).await,
         Command::Audit(command) => audit::run(command).await,
         Command::Index(command) => index::run(command).await,

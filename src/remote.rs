@@ -1,7 +1,7 @@
 //! Commands that ask a running server: where it is, who asks, and its answers.
 
 use anyhow::{Context, bail};
-use reqwest::{Method, RequestBuilder, StatusCode, Url};
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 use serde_json::{Value, json};
 
 /// Where the server is, and who asks.
@@ -47,29 +47,58 @@ pub(crate) struct Remote {
     token: String,
 }
 
+/// The server does not do what it is asked.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {detail}", reason(*status))]
+pub(crate) struct Refused {
+    pub(crate) status: StatusCode,
+    detail: String,
+}
+
 impl Remote {
     /// What the server answers; a refusal is an error that says why.
     pub(crate) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
-        self.send(self.http.request(Method::POST, format!("{}{path}", self.base)).json(body)).await
+        let answer = self.send(self.request(Method::POST, path).json(body)).await?;
+        Ok(answer.json().await.unwrap_or_default())
     }
 
     /// The same of a question.
     pub(crate) async fn get(&self, path: &str, query: &[(&str, &str)]) -> anyhow::Result<Value> {
-        let url = Url::parse_with_params(&format!("{}{path}", self.base), query).context(self.base.clone())?;
-        self.send(self.http.request(Method::GET, url)).await
+        let answer = self.send(self.question(path, query)?).await?;
+        answer.json().await.context("the server's answer ended before it was complete")
     }
 
-    async fn send(&self, mut request: RequestBuilder) -> anyhow::Result<Value> {
-        if !self.token.is_empty() {
-            request = request.bearer_auth(&self.token);
+    /// An answer that comes piece by piece, behind the event `after` if that is not empty.
+    pub(crate) async fn open(&self, path: &str, query: &[(&str, &str)], after: &str) -> anyhow::Result<Response> {
+        let mut request = self.question(path, query)?.header("accept", "text/event-stream");
+        if !after.is_empty() {
+            request = request.header("last-event-id", after);
         }
+        self.send(request).await
+    }
+
+    fn question(&self, path: &str, query: &[(&str, &str)]) -> anyhow::Result<RequestBuilder> {
+        let url = Url::parse_with_params(&format!("{}{path}", self.base), query).context(self.base.clone())?;
+        Ok(self.with_token(self.http.get(url)))
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.with_token(self.http.request(method, format!("{}{path}", self.base)))
+    }
+
+    fn with_token(&self, request: RequestBuilder) -> RequestBuilder {
+        if self.token.is_empty() { request } else { request.bearer_auth(&self.token) }
+    }
+
+    async fn send(&self, request: RequestBuilder) -> anyhow::Result<Response> {
         let answer = request.send().await.with_context(|| format!("{} cannot be reached", self.base))?;
         let status = answer.status();
-        let body = answer.json::<Value>().await.unwrap_or_default();
-        if !status.is_success() {
-            bail!("{}: {}", reason(status), body["detail"].as_str().unwrap_or("no reason was given"));
+        if status.is_success() {
+            return Ok(answer);
         }
-        Ok(body)
+        let body = answer.json::<Value>().await.unwrap_or_default();
+        let detail = body["detail"].as_str().unwrap_or("no reason was given").to_owned();
+        Err(Refused { status, detail }.into())
     }
 }
 

@@ -245,6 +245,7 @@ async fn start_broker(
 /// The HTTP door, served by a task of its own.
 struct Http {
     address: SocketAddr,
+    app: App,
     stop: CancellationToken,
     serving: JoinHandle<std::io::Result<()>>,
     denials: JoinHandle<()>,
@@ -280,10 +281,10 @@ fn start_http(
     let denials = tokio::spawn(write_denials(app.clone(), config.audit.denials_every_s, stop.clone()));
     let indexing = tokio::spawn(follow(index, database.pool().clone(), clock.clone(), stop.clone()));
     let beside = broker.map(|broker| websocket::routes(broker.door(), config.mqtt.max_packet_bytes));
-    let router = api::router_beside(app, beside.unwrap_or_default());
+    let router = api::router_beside(app.clone(), beside.unwrap_or_default());
     let serving = axum::serve(listener, router.into_make_service_with_connect_info::<SocketAddr>());
     let serving = serving.with_graceful_shutdown(stop.clone().cancelled_owned());
-    Ok(Http { address, stop, serving: tokio::spawn(serving.into_future()), denials, indexing })
+    Ok(Http { address, app, stop, serving: tokio::spawn(serving.into_future()), denials, indexing })
 }
 
 /// Keeps the index of log lines up with the rows.
@@ -306,6 +307,7 @@ async fn write_denials(app: App, every_s: u64, stop: CancellationToken) {
 impl Http {
     async fn stop(mut self) {
         self.stop.cancel();
+        self.app.end_streams();
         if tokio::time::timeout(HTTP_STOP_WITHIN, &mut self.serving).await.is_err() {
             tracing::warn!("some requests did not end in time");
             self.serving.abort();

@@ -10,8 +10,10 @@ use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use chrono::{DateTime, Utc};
 use fleet_core::api_key;
 use fleet_core::audit::{Actor, Author, Source};
+use fleet_core::config::Secret;
 use fleet_core::id::{ApiKeyId, LoginSessionId, TenantKey, UserId};
 use fleet_core::idempotency::{self, Answer, Key};
 use fleet_core::policy::{Manager, Permission, Principal, Role, Who};
@@ -39,6 +41,8 @@ pub(crate) struct Caller {
     pub(crate) key: Option<ApiKeyId>,
     principal: Principal,
     source: Source,
+    /// The access token or API key that was shown.
+    bearer: Secret,
 }
 
 impl Caller {
@@ -61,6 +65,11 @@ impl Caller {
     /// Who calls, by id: of the API key, or of the user.
     pub(crate) fn named(&self) -> String {
         self.key.map_or_else(|| self.id.to_string(), |key| key.to_string())
+    }
+
+    /// By what it is known who calls, for what outlives the request.
+    pub(crate) fn bearer(&self) -> &Secret {
+        &self.bearer
     }
 
     /// Who calls, with all rights.
@@ -119,7 +128,9 @@ impl FromRequestParts<App> for Caller {
             return Err(Problem::new(403, "read-only", "who looks at what another user sees may change nothing"));
         }
         match principal.who {
-            Who::User { id, key, .. } => Ok(Self { id, tenant: principal.tenant, key, principal, source }),
+            Who::User { id, key, .. } => {
+                Ok(Self { id, tenant: principal.tenant, key, principal, source, bearer: token.into() })
+            }
             Who::Device { .. } | Who::Claim { .. } => {
                 Err(Problem::new(401, "bad-token", "expected the access token of a user"))
             }
@@ -203,6 +214,7 @@ rights!(
     ShadowRead,
     ShadowWrite,
     LogsWrite,
+    LogsRead,
     DeadLettersRead,
     ConnectionsRead,
     ConnectionsManage,
@@ -438,6 +450,11 @@ impl<'a> Params<'a> {
                 None
             }
         }
+    }
+
+    /// The time that relative times are taken from.
+    pub(crate) fn now(&self) -> DateTime<Utc> {
+        self.app.clock.now()
     }
 
     /// A selector of devices that may be there once.

@@ -34,8 +34,8 @@ pub use state::{App, Health};
 use problem::Problem;
 use routes::{
     access, api_keys, audit, auth, authorities, bindings, certificates, claims, connections, credentials, dead_letters,
-    decommissions, devices, docs, groups, import, index, login_failures, login_sessions, operations, passwords,
-    provision, roles, sessions, shadows, signing_keys, telemetry, tenants, totp, users,
+    decommissions, devices, docs, groups, import, index, login_failures, login_sessions, logs, operations, passwords,
+    provision, roles, saved_searches, sessions, shadows, signing_keys, telemetry, tenants, totp, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -91,6 +91,10 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(telemetry::latest))
         .routes(routes!(shadows::read, shadows::change))
         .routes(routes!(routes::otlp::ingest))
+        .routes(routes!(logs::tail::tail))
+        .routes(routes!(logs::context::context))
+        .routes(routes!(saved_searches::create, saved_searches::list))
+        .routes(routes!(saved_searches::read, saved_searches::replace, saved_searches::delete))
         .routes(routes!(dead_letters::list))
         .routes(routes!(sessions::list))
         .routes(routes!(sessions::read, sessions::end))

@@ -8,7 +8,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use fleet_core::device::GroupPath;
 use fleet_core::id::{
     ApiKeyId, BindingId, ClaimId, ClaimRequestId, ConnectionEventId, ConnectionId, DeadLetterId, DecommissionId,
-    DeviceId, RoleId, SessionId, TenantId, UserId,
+    DeviceId, RoleId, SavedSearchId, SessionId, TenantId, UserId,
 };
 use serde::{Serialize, Serializer};
 use utoipa::{IntoParams, ToSchema};
@@ -89,6 +89,8 @@ pub(crate) enum Cursor {
     ClaimRequest(ClaimRequestId),
     /// In the list of decommissions.
     Decommission(DecommissionId),
+    /// In the list of saved searches.
+    SavedSearch(SavedSearchId),
     /// In the readings of a device.
     Reading { ts_ms: i64, seq: i64 },
 }
@@ -111,6 +113,7 @@ impl Cursor {
             Self::Claim(id) => format!("m{id}"),
             Self::ClaimRequest(id) => format!("q{id}"),
             Self::Decommission(id) => format!("x{id}"),
+            Self::SavedSearch(id) => format!("v{id}"),
             Self::Reading { ts_ms, seq } => format!("r{ts_ms},{seq}"),
         };
         URL_SAFE_NO_PAD.encode(plain)
@@ -135,6 +138,7 @@ impl Cursor {
             "m" => key.parse().ok().map(Self::Claim),
             "q" => key.parse().ok().map(Self::ClaimRequest),
             "x" => key.parse().ok().map(Self::Decommission),
+            "v" => key.parse().ok().map(Self::SavedSearch),
             "r" => {
                 let (ts_ms, seq) = key.split_once(',')?;
                 Some(Self::Reading { ts_ms: ts_ms.parse().ok()?, seq: seq.parse().ok()? })
@@ -206,7 +210,8 @@ keys!(
     GroupPath: Group,
     i64: Audit,
     ClaimId: Claim,
-    ClaimRequestId: ClaimRequest
+    ClaimRequestId: ClaimRequest,
+    SavedSearchId: SavedSearch
 );
 
 /// The key behind which a page is to begin; a cursor of another list is refused.
@@ -250,6 +255,7 @@ mod tests {
                 Cursor::Claim(id.into()),
                 Cursor::ClaimRequest(id.into()),
                 Cursor::Binding(id.into()),
+                Cursor::SavedSearch(id.into()),
             ];
             for cursor in ids.into_iter().chain([Cursor::Reading { ts_ms, seq }]).chain(device).chain(role).chain(tenant).chain(group) {
                 prop_assert_eq!(cursor.print().parse(), Ok(cursor));

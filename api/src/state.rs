@@ -8,9 +8,10 @@ use std::time::Duration;
 use axum::http::HeaderValue;
 use fleet_core::authority::Pki;
 use fleet_core::clock::Clock;
-use fleet_core::config::{Audit, Auth, Config, Http, Provisioning, Shadow};
+use fleet_core::config::{Audit, Auth, Config, Http, Logs, Provisioning, Shadow};
 use fleet_core::control::{self, Answers, Request};
 use fleet_core::index::Index;
+use fleet_core::log::feed::Feed;
 use fleet_core::token::Keys;
 use fleet_core::user::Logins;
 use prometheus::Registry;
@@ -43,6 +44,8 @@ pub struct App {
     pub(crate) provisioning: Arc<Provisioning>,
     pub(crate) shadow: Arc<Shadow>,
     pub(crate) audit: Arc<Audit>,
+    pub(crate) logs: Arc<Logs>,
+    pub(crate) feed: Feed,
     pub(crate) denials: Denials,
     pub(crate) oidc: Option<Arc<Provider>>,
     /// Log lines by what they say.
@@ -71,6 +74,8 @@ impl App {
         let (http, auth) = (Arc::new(config.http.clone()), Arc::new(config.auth.clone()));
         let provisioning = Arc::new(config.provisioning.clone());
         let shadow = Arc::new(config.shadow.clone());
+        let logs = Arc::new(config.logs.clone());
+        let feed = Feed::new(db.clone(), keys.clone(), clock.clone(), config.logs.clone(), &registry)?;
         let (audit, denials) = (Arc::new(config.audit.clone()), Denials::default());
         let hsts = HeaderValue::from_str(&format!("max-age={}; includeSubDomains", http.hsts_s)).ok();
         let hsts = hsts.filter(|_| http.hsts_s > 0);
@@ -90,6 +95,8 @@ impl App {
             provisioning,
             shadow,
             audit,
+            logs,
+            feed,
             denials,
             oidc,
             index: None,
@@ -119,6 +126,11 @@ impl App {
 }
 
 impl App {
+    /// Ends what would go on for ever by itself, so that the server can stop.
+    pub fn end_streams(&self) {
+        self.feed.stop();
+    }
+
     /// Asks all brokers that are alive.
     pub(crate) async fn ask_brokers(&self, request: &Request) -> fleet_core::Result<Answers> {
         control::ask(&self.db, request, Duration::from_millis(self.http.broker_answer_ms)).await

@@ -45,6 +45,7 @@ pub struct Config {
     pub audit: Audit,
     pub retention: Retention,
     pub search: Search,
+    pub logs: Logs,
     pub log: Log,
     pub server_log: ServerLog,
 }
@@ -462,6 +463,20 @@ impl Search {
             ),
         ]
     }
+}
+
+/// `[logs]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Logs {
+    pub max_tails: usize,
+    pub max_tails_per_user: usize,
+    pub tail_queue_lines: usize,
+    pub tail_queue_bytes: usize,
+    pub tail_replay_lines: i64,
+    pub tail_heartbeat_ms: u64,
+    pub max_saved_searches: usize,
 }
 
 /// `[log]`

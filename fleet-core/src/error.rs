@@ -4,7 +4,7 @@
 use crate::device::GroupPath;
 use crate::id::{
     ApiKeyId, AuthorityId, BadId, BindingId, ClaimId, ClaimRequestId, CredentialId, DecommissionId, DeviceId,
-    LoginSessionId, RoleId, SessionId, TenantId, UserId,
+    LoginSessionId, RoleId, SavedSearchId, SessionId, TenantId, UserId,
 };
 use crate::topic_rule::BadRule;
 
@@ -78,6 +78,15 @@ pub enum Error {
     /// No such decommission in the caller's tenant, or none that the caller may see.
     #[error("decommission {0} does not exist")]
     NoSuchDecommission(DecommissionId),
+    /// No such saved search of this user, nor one that is shared.
+    #[error("saved search {0} does not exist")]
+    NoSuchSavedSearch(SavedSearchId),
+    /// The user has one of that name.
+    #[error("you have a saved search {0:?} already")]
+    SavedSearchExists(String),
+    /// Only its owner changes it.
+    #[error("saved search {0} is somebody else's: save one of your own")]
+    NotOwner(SavedSearchId),
     /// Two are valid already.
     #[error("device {0} has two valid credentials already: revoke one first, or rotate")]
     TooManyCredentials(DeviceId),

@@ -199,6 +199,7 @@ id!(LoginSessionId, "lgs", "login session");
 id!(ClaimId, "clm", "claim");
 id!(ClaimRequestId, "crq", "request by a claim");
 id!(DecommissionId, "dcm", "decommission of a device");
+id!(SavedSearchId, "qry", "saved search");
 
 #[cfg(test)]
 mod tests {

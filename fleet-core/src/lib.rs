@@ -17,6 +17,7 @@
 //! | online, lost, last seen | [`status`], and since when there is a [`firmware`] |
 //! | readings: decode, insert, series | [`telemetry`] |
 //! | lines that devices write | [`log`], found by [`search`] in their [`index`] |
+//! | questions to the log that people keep | [`saved_search`] |
 //! | the newest value of each metric, and gaps in sequence numbers | [`latest`] |
 //! | payloads that could not be read | [`dead_letter`] |
 //! | what a device is to be, and says it is | [`shadow`]; news on their way to devices: [`dispatch`] |
@@ -92,6 +93,7 @@ pub mod retained;
 pub mod retention;
 pub mod revocation;
 pub mod role;
+pub mod saved_search;
 pub mod scope;
 pub mod seal;
 pub mod search;

@@ -6,8 +6,10 @@
 //! counted and told ([`suppressed`]). Lines that do not come over MQTT enter as [`Record`]s by an [`intake`].
 //! Ignorant of: MQTT, HTTP, users.
 
+mod context;
 mod decode;
 pub mod intake;
+pub mod feed;
 mod line;
 pub mod pattern;
 pub mod query;
@@ -24,6 +26,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
 
+pub use self::context::{Context, MAX_AROUND, context};
 pub use self::line::{Address, Line, Stretch};
 pub use self::rate::Rate;
 pub use self::surrounding::MAX_SURROUNDING;

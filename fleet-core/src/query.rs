@@ -13,6 +13,7 @@ mod tests;
 use chrono::{DateTime, Utc};
 
 pub use matching::{Document, Value};
+pub use parse::{A_TIME, time};
 pub use sql::Columns;
 
 use crate::error::Result;

@@ -9,6 +9,7 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::ConnectInfo;
 use axum::http::{HeaderMap, Request, StatusCode};
+use axum::response::Response;
 use chrono::{DateTime, TimeDelta, Utc};
 use fleet_core::authority::Pki;
 use fleet_core::clock::{Clock, from_ms};
@@ -20,6 +21,7 @@ use fleet_core::policy::Role;
 use fleet_core::testing::TestDb;
 use fleet_core::token::Keys;
 use fleet_core::user;
+use futures::StreamExt as _;
 use prometheus::Registry;
 use serde_json::Value;
 use tower::ServiceExt;
@@ -219,12 +221,23 @@ impl Ask<'_> {
         this
     }
 
-    pub(crate) async fn send(self) -> Reply {
+    /// Sends it, and does not wait for the end of the answer.
+    pub(crate) async fn open(self) -> Response {
         let mut request = self.request.body(self.body).unwrap();
         request.extensions_mut().insert(ConnectInfo(self.peer));
-        let response = self.api.router.clone().oneshot(request).await.unwrap();
+        self.api.router.clone().oneshot(request).await.unwrap()
+    }
+
+    /// Sends it; of an answer that does not end, the beginning is read.
+    pub(crate) async fn send(self) -> Reply {
+        let response = self.open().await;
         let (parts, body) = response.into_parts();
-        let bytes = to_bytes(body, usize::MAX).await.unwrap();
+        let is_endless = parts.headers.get("content-type").is_some_and(|kind| kind == "text/event-stream");
+        let bytes = if is_endless {
+            body.into_data_stream().next().await.unwrap().unwrap()
+        } else {
+            to_bytes(body, usize::MAX).await.unwrap()
+        };
         let text = String::from_utf8_lossy(&bytes).into_owned();
         let body = serde_json::from_str(&text).unwrap_or(Value::Null);
         Reply { status: parts.status, headers: parts.headers, body, text }

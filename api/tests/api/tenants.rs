@@ -30,6 +30,9 @@ pub(crate) fn body(method: &str, path: &str) -> Value {
         }
         ("POST", "/api/v1/groups") | ("PATCH", "/api/v1/groups/{path}") => json!({ "path": "hall" }),
         ("POST", "/api/v1/roles") => json!({ "id": "orders" }),
+        ("POST", "/api/v1/saved-searches") | ("PUT", "/api/v1/saved-searches/{id}") => {
+            json!({ "name": "s", "query": "*" })
+        }
         ("PUT", "/api/v1/roles/{id}") => json!({ "permissions": ["devices:read"], "topic_rules": [] }),
         ("POST", "/api/v1/authorities") => json!({ "name": "ca", "kind": "built-in" }),
         ("POST", "/api/v1/devices/{id}/certificates") => json!({ "csr_pem": csr() }),
@@ -51,7 +54,8 @@ fn csr() -> String {
 }
 
 /// Words that no stranger may read.
-const MARKS: [&str; 9] = [
+const MARKS: [&str; 10] = [
+    "search-of-main",
     "claim-of-main",
     "group-of-main",
     "hall-of-main",
@@ -83,6 +87,8 @@ impl Main {
         api.as_who(secret, "POST", "/api/v1/provision").json(&asked).send().await.expect(202);
         let asked = api.get("/api/v1/claims/requests").await.expect(200);
         api.post("/api/v1/groups", json!({ "path": "hall-of-main" })).await.expect(201);
+        let search = json!({ "name": "search-of-main", "query": "*", "shared": true });
+        let search = api.post("/api/v1/saved-searches", search).await.expect(201);
         let session = Uuid::now_v7();
         let sql = format!(
             "insert into session (id, name, tenant_key, device_key, client_id, expiry_s, connected, since, created_at)
@@ -119,6 +125,7 @@ impl Main {
             ("connections", nobodys("con"), nobodys("con")),
             ("claims", text(&claim.body["id"]), nobodys("clm")),
             ("decommissions", text(&gone.body["id"]), nobodys("dcm")),
+            ("saved-searches", text(&search.body["id"]), nobodys("qry")),
             ("requests", asked.ids()[0].to_owned(), nobodys("crq")),
         ];
         Self { api, ids }

@@ -90,6 +90,11 @@ impl Query {
         &self.asked
     }
 
+    /// Whether it asks for lines of some devices, and so for others when devices change.
+    pub fn speaks_of_devices(&self) -> bool {
+        self.asked.speaks_of_devices()
+    }
+
     /// Whether it asks for that line.
     pub fn matches(&self, line: &Line) -> bool {
         self.asked.matches(line)
@@ -97,6 +102,15 @@ impl Query {
 }
 
 impl Asked {
+    fn speaks_of_devices(&self) -> bool {
+        match self {
+            Self::All | Self::Line(_) => false,
+            Self::Not(inner) => inner.speaks_of_devices(),
+            Self::And(some) | Self::Or(some) => some.iter().any(Self::speaks_of_devices),
+            Self::Devices(_) => true,
+        }
+    }
+
     fn matches(&self, line: &Line) -> bool {
         match self {
             Self::All => true,

@@ -357,7 +357,7 @@ impl Field {
             Kind::Path => "a path such as site/line-3".to_owned(),
             Kind::Level => "one of trace, debug, info, warn, error, fatal".to_owned(),
             Kind::Number | Kind::Any => "a number".to_owned(),
-            Kind::Time => "a time such as 2026-11-20T10:00:00Z, 2026-11-20, now or now-15m".to_owned(),
+            Kind::Time => A_TIME.to_owned(),
             Kind::Version => "a version such as 2.0.1".to_owned(),
             Kind::Flag => "true or false".to_owned(),
         };
@@ -398,8 +398,11 @@ fn span(comparison: Comparison, (start, end): (i64, i64)) -> Bounds<i64> {
     Bounds { low, high }
 }
 
+/// What a time looks like, in errors.
+pub const A_TIME: &str = "a time such as 2026-11-20T10:00:00Z, 2026-11-20, now or now-15m";
+
 /// The first and the last ms plus one of a time: a day, a second or an instant.
-fn time(text: &str, now: DateTime<Utc>) -> Option<(i64, i64)> {
+pub fn time(text: &str, now: DateTime<Utc>) -> Option<(i64, i64)> {
     let from = |start: DateTime<Utc>, lasts: TimeDelta| {
         let start = start.timestamp_millis();
         Some((start, start.checked_add(lasts.num_milliseconds())?))

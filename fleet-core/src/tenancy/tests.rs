@@ -24,6 +24,8 @@ const ROWS: &str = "
          values ($t, 'orders', '{}', '[]', now(), now());
     insert into api_key (id, user_id, name, role, secret_hash, created_at)
          select gen_random_uuid(), id, 'k', 'admin', convert_to('$n', 'UTF8'), now() from app_user where tenant_key = $t;
+    insert into saved_search (id, tenant_key, user_id, name, query, shared, created_at, updated_at)
+         select gen_random_uuid(), $t, id, 's', '*', true, now(), now() from app_user where tenant_key = $t;
     insert into binding (id, tenant_key, user_id, role, scope, created_at)
          select gen_random_uuid(), $t, id, 'viewer', '{}', now() from app_user where tenant_key = $t;
     insert into login_session (id, user_id, method, family_hash, secret_hash, successor_key, rotated_at, created_at, last_used_at,

@@ -245,6 +245,16 @@ impl<R: Right> Can<R> {
     }
 }
 
+impl<R: Right> Can<R> {
+    /// Looks again at who calls and what they may, for an answer that takes its time.
+    pub(crate) async fn again(&mut self, app: &App) -> Result<(), Problem> {
+        let mut db = app.db.acquire().await?;
+        let bearer = self.caller.bearer.expose();
+        self.caller.principal = token::principal(&mut db, &app.keys, bearer, app.clock.now()).await?;
+        self.caller.needs(R::PERMISSION)
+    }
+}
+
 impl<R: Right> FromRequestParts<App> for Can<R> {
     type Rejection = Problem;
 

@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 /// The media type of a problem.
 pub(crate) const MEDIA_TYPE: &str = "application/problem+json";
 /// Types of problems that say a bound was hit.
-pub(crate) const BOUNDS: [&str; 14] = [
+pub(crate) const BOUNDS: [&str; 15] = [
     "login-locked",
     "body-too-large",
     "busy",

@@ -8,10 +8,11 @@ use std::time::Duration;
 use axum::http::HeaderValue;
 use fleet_core::authority::Pki;
 use fleet_core::clock::Clock;
-use fleet_core::config::{Audit, Auth, Config, Http, Logs, Provisioning, Shadow};
+use fleet_core::config::{self, Audit, Auth, Config, Http, Logs, Provisioning, Shadow};
 use fleet_core::control::{self, Answers, Request};
 use fleet_core::index::Index;
 use fleet_core::log::feed::Feed;
+use fleet_core::search::{self, Search};
 use fleet_core::token::Keys;
 use fleet_core::user::Logins;
 use prometheus::Registry;
@@ -27,6 +28,9 @@ use crate::problem::Problem;
 const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 /// PostgreSQL keeps the time in 31 bits.
 const MAX_STATEMENT_TIMEOUT_MS: u64 = i32::MAX as u64;
+
+/// What it takes to search an index.
+type Searching = Arc<(config::Search, search::Metrics)>;
 
 /// The HTTP door's share of the program; cheap to clone.
 #[derive(Clone)]
@@ -51,6 +55,8 @@ pub struct App {
     /// Log lines by what they say.
     pub(crate) index: Option<Index>,
     pub(crate) otlp: Arc<Receiver>,
+    searching: Searching,
+    search: Option<Search>,
     /// `Strict-Transport-Security`, unless that is switched off.
     pub(crate) hsts: Option<HeaderValue>,
 }
@@ -74,6 +80,7 @@ impl App {
         let (http, auth) = (Arc::new(config.http.clone()), Arc::new(config.auth.clone()));
         let provisioning = Arc::new(config.provisioning.clone());
         let shadow = Arc::new(config.shadow.clone());
+        let searching = Arc::new((config.search.clone(), search::Metrics::register(&registry)?));
         let logs = Arc::new(config.logs.clone());
         let feed = Feed::new(db.clone(), keys.clone(), clock.clone(), config.logs.clone(), &registry)?;
         let (audit, denials) = (Arc::new(config.audit.clone()), Denials::default());
@@ -101,6 +108,8 @@ impl App {
             oidc,
             index: None,
             otlp,
+            searching,
+            search: None,
             hsts,
         })
     }
@@ -108,7 +117,9 @@ impl App {
     /// Lets log lines be searched.
     #[must_use]
     pub fn with_index(self, index: Index) -> Self {
-        Self { index: Some(index), ..self }
+        let (settings, metrics) = &*self.searching;
+        let search = Search::new(index.clone(), settings, metrics.clone());
+        Self { index: Some(index), search: Some(search), ..self }
     }
 
     /// The index, where this process keeps one.
@@ -126,6 +137,12 @@ impl App {
 }
 
 impl App {
+    /// What searches log lines.
+    pub(crate) fn search(&self) -> Result<&Search, Problem> {
+        let away = || Problem::new(503, "no-index", "this server keeps no index of log lines");
+        self.search.as_ref().ok_or_else(away)
+    }
+
     /// Ends what would go on for ever by itself, so that the server can stop.
     pub fn end_streams(&self) {
         self.feed.stop();

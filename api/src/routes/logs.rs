@@ -1,6 +1,9 @@
 //! Log lines: as they are told, and those around one.
 
 pub(crate) mod context;
+pub(crate) mod counts;
+pub(crate) mod export;
+pub(crate) mod search;
 pub(crate) mod tail;
 
 use std::fmt;
@@ -13,18 +16,64 @@ use fleet_core::clock::from_ms;
 use fleet_core::id::DeviceId;
 use fleet_core::level::Level;
 use fleet_core::log::{self, Line};
+use fleet_core::search::{Ask, Reach};
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use crate::extract::Params;
+use crate::extract::{Can, FromQuery, LogsRead, Params};
+use crate::problem::Problem;
+use crate::state::App;
 use crate::time;
+
+/// A `to` that lasts so long is meant as a whole.
+const DAY_MS: i64 = 86_400_000;
 
 /// `q`: which lines; left out: all that the caller may see.
 fn asked(query: &mut Params<'_>) -> Option<fleet_core::query::Query> {
     let text = query.one::<String>("q").unwrap_or_default();
     let read = log::query::read(&text, query.now());
     read.map_err(|error| query.refuse("q", error.to_string())).ok()
+}
+
+/// A parameter that is a time: RFC 3339, a day, or such as `now-15m`; from when to when it lasts.
+fn instant(query: &mut Params<'_>, name: &'static str) -> Option<(i64, i64)> {
+    let text = query.one::<String>(name)?;
+    let read = fleet_core::query::time(&text, query.now());
+    let read = read.filter(|(start, _)| time::RANGE_MS.contains(start));
+    if read.is_none() {
+        query.refuse(name, format!("expected {}", fleet_core::query::A_TIME));
+    }
+    read
+}
+
+/// Which lines are asked for, by their words and their time.
+pub(crate) struct Asked {
+    query: fleet_core::query::Query,
+    from_ms: Option<i64>,
+    to_ms: Option<i64>,
+}
+
+impl FromQuery for Asked {
+    fn from_query(query: &mut Params<'_>) -> Option<Self> {
+        let asked = asked(query);
+        let from_ms = instant(query, "from").map(|(start, _)| start);
+        let to_ms = instant(query, "to").map(|(start, end)| if end - start >= DAY_MS { end } else { start });
+        if from_ms.zip(to_ms).is_some_and(|(from, to)| from >= to) {
+            query.refuse("to", "expected a time after from");
+        }
+        Some(Self { query: asked?, from_ms, to_ms })
+    }
+}
+
+impl Asked {
+    /// It, as the index is asked: with the devices it speaks of and those that the caller may see.
+    async fn resolve(&self, app: &App, caller: &Can<LogsRead>) -> Result<Ask, Problem> {
+        let mut db = caller.read(app).await?;
+        let query = log::query::Query::resolve(&self.query, &mut db, caller.tenant).await?;
+        let reach = Reach::of(&mut db, caller.tenant).await?;
+        Ok(Ask { query, from_ms: self.from_ms, to_ms: self.to_ms, reach })
+    }
 }
 
 /// Names a line for who asks what is around it: by its device, its time and its number. To callers it is an opaque text.

@@ -38,6 +38,7 @@ pub(crate) struct Api {
     pub(crate) admin: UserId,
     /// What runs beside the router.
     pub(crate) app: App,
+    index: Index,
     token: String,
     router: Router,
     _data_dir: tempfile::TempDir,
@@ -75,10 +76,11 @@ impl Api {
         let (pool, registry) = (db.pool().clone(), Registry::new());
         let data_dir = tempfile::tempdir().unwrap();
         let pki = Pki::new(config.certificates.clone(), data_dir.path());
-        let index = Index::open(&data_dir.path().join("search"), &config.search).unwrap();
-        let app =
-            App::new(pool, clock.clone(), keys.clone(), pki, registry, &config, health).unwrap().with_index(index);
-        Self { router: api::router(app.clone()), app, db, clock, keys, admin, token, _data_dir: data_dir }
+        let index = Index::open(&config.search.dir(data_dir.path()), &config.search).unwrap();
+        index.catch_up(&pool, &clock).await.unwrap();
+        let app = App::new(pool, clock.clone(), keys.clone(), pki, registry, &config, health).unwrap();
+        let app = app.with_index(index.clone());
+        Self { router: api::router(app.clone()), app, index, db, clock, keys, admin, token, _data_dir: data_dir }
     }
 
     /// The patterns the router knows. Axum has no list of them, but prints them.
@@ -87,6 +89,11 @@ impl Api {
         let (_, paths) = printed.split_once("paths: {").expect("axum prints its routes");
         let quoted = paths.split('"').skip(1).step_by(2).filter(|text| text.starts_with('/'));
         quoted.filter(|path| !path.contains("axum_fallback")).map(str::to_owned).collect()
+    }
+
+    /// Has the index know all lines that are stored.
+    pub(crate) async fn index(&self) {
+        self.index.catch_up(self.db.pool(), &self.clock).await.unwrap();
     }
 
     /// Lets time pass.

@@ -19,6 +19,7 @@ mod door;
 mod groups;
 mod harness;
 mod import;
+mod log_search;
 mod login;
 mod login_sessions;
 mod logs;

@@ -117,7 +117,8 @@ async fn no_parameter_of_a_query_reaches_into_another_tenant() {
     let main = Main::with_one_of_each().await;
     let stranger = Stranger::beside(&main).await;
     for (method, pattern, parameters) in tenants::routes() {
-        if method != "GET" || pattern.contains('{') {
+        // What a tail says first is sealed anew each time; `logs.rs` tries it.
+        if method != "GET" || pattern.contains('{') || pattern == "/api/v1/logs/tail" {
             continue;
         }
         for parameter in parameters.iter().filter(|name| !OF_NO_NOUN.contains(&name.as_str())) {

@@ -3,6 +3,7 @@
 mod broker;
 mod frame;
 mod generator;
+mod logs;
 mod process;
 mod report;
 mod scenes;
@@ -34,6 +35,8 @@ enum Command {
         scenes: SceneArgs,
         #[command(flatten)]
         writers: WriterArgs,
+        #[command(flatten)]
+        logs: LogArgs,
         /// Where the section is written.
         #[arg(long, default_value = "docs/benchmarks.md")]
         out: PathBuf,
@@ -44,6 +47,8 @@ enum Command {
     Scenes(SceneOnlyArgs),
     /// Writers only, printed.
     Writers(WriterArgs),
+    /// Log lines only, printed.
+    Logs(LogOnlyArgs),
     /// Serve MQTT with rumqttd until killed.
     Rumqttd {
         /// On 127.0.0.1.
@@ -82,6 +87,34 @@ struct WriterArgs {
     /// Rows of each.
     #[arg(long, default_value_t = 400_000)]
     rows: usize,
+}
+
+#[derive(clap::Args)]
+struct LogArgs {
+    /// Log lines that are searched beside PostgreSQL.
+    #[arg(long, default_value_t = 1_000_000)]
+    lines: usize,
+    /// Log lines more, over which a percentile is taken.
+    #[arg(long, default_value_t = 4_000_000)]
+    more_lines: usize,
+    /// How often each question is asked.
+    #[arg(long, default_value_t = 15)]
+    times: usize,
+}
+
+#[derive(clap::Args)]
+struct LogOnlyArgs {
+    /// The release binary of Muster.
+    #[arg(long, default_value = "target/release/muster")]
+    muster: PathBuf,
+    #[command(flatten)]
+    logs: LogArgs,
+}
+
+impl LogArgs {
+    fn plan(&self) -> logs::Plan {
+        logs::Plan { lines: self.lines, many: self.more_lines, times: self.times }
+    }
 }
 
 #[derive(clap::Args)]
@@ -175,9 +208,10 @@ async fn run(command: Command) -> anyhow::Result<()> {
     let mut findings = report::Findings { load_before, ..report::Findings::default() };
     let mut target = None;
     match command {
-        Command::All { broker, scenes, writers, out } => {
+        Command::All { broker, scenes, writers, logs, out } => {
             let scenes = scenes.plan(broker.muster.clone());
             findings.writers = writers::run(&dir.0, writers.writer_rounds, writers.rows).await?;
+            findings.logs = logs::run(&broker.muster, &dir.0, logs.plan()).await?;
             findings.scenes = scenes::run(&scenes, &dir.0).await?;
             findings.broker = broker::run(&broker.plan(), &dir.0).await?;
             target = Some(out);
@@ -185,6 +219,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Broker(args) => findings.broker = broker::run(&args.plan(), &dir.0).await?,
         Command::Scenes(args) => findings.scenes = scenes::run(&args.scenes.plan(args.muster), &dir.0).await?,
         Command::Writers(args) => findings.writers = writers::run(&dir.0, args.writer_rounds, args.rows).await?,
+        Command::Logs(args) => findings.logs = logs::run(&args.muster, &dir.0, args.logs.plan()).await?,
         Command::Rumqttd { .. } => return Ok(()),
     }
     let command = std::env::args().skip(1).collect::<Vec<_>>().join(" ");

@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use chrono::{DateTime, Utc};
 
 use crate::broker::{self, ms};
+use crate::logs::{Figure, Wanted};
 use crate::scenes::{Found, KINDS, What};
 use crate::server::Kind;
 use crate::writers;
@@ -37,6 +38,7 @@ pub(crate) struct Findings {
     pub(crate) broker: Vec<broker::Round>,
     pub(crate) scenes: Found,
     pub(crate) writers: Vec<writers::Round>,
+    pub(crate) logs: Vec<Figure>,
 }
 
 /// Puts the section into the file, between its markers; the rest of the file stays.
@@ -62,6 +64,7 @@ pub(crate) fn section(findings: &Findings) -> String {
         broker_rounds(&findings.broker),
         scene_medians(&findings.scenes),
         writer_rounds(&findings.writers),
+        log_figures(&findings.logs),
         profile(&findings.broker),
     ];
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("\n")
@@ -368,6 +371,30 @@ fn writer_rounds(rounds: &[writers::Round]) -> String {
                 r.writers / r.copy_keyed
             ),
         );
+    }
+    out
+}
+
+fn log_figures(figures: &[Figure]) -> String {
+    if figures.is_empty() {
+        return String::new();
+    }
+    let mut out = "### Log lines, beside PostgreSQL's full text search\n\n\
+        The same rows on one cluster; 10,000 devices, lines of some 55 bytes with a level, a target and two fields, spread over a day. \
+        PostgreSQL has a stored `tsvector` (`simple`) under GIN, and B-trees on `ts` and `(level, ts)`; both are warm, times are medians.\n\n\
+        | | Muster | PostgreSQL | Muster ÷ PostgreSQL | wanted | |\n|---|---|---|---|---|---|\n"
+        .to_owned();
+    for Figure { what, ours, theirs, wanted } in figures {
+        let ratio = theirs.map_or_else(|| "–".to_owned(), |theirs| format!("{:.3}", ours / theirs));
+        let held = wanted.map_or("", |wanted| if wanted.holds(*ours, *theirs) { "met" } else { "**missed**" });
+        let wanted = match wanted {
+            None => String::new(),
+            Some(Wanted::TimesTheirs(times)) => format!("≥ {times} ×"),
+            Some(Wanted::ShareOfTheirs(share)) => format!("≤ {share} ×"),
+            Some(Wanted::AtMost(most)) => format!("≤ {most}"),
+        };
+        let theirs = theirs.map_or_else(|| "–".to_owned(), figure);
+        line(&mut out, format_args!("| {what} | {} | {theirs} | {ratio} | {wanted} | {held} |", figure(*ours)));
     }
     out
 }

@@ -8,8 +8,8 @@
 
 mod context;
 mod decode;
-pub mod intake;
 pub mod feed;
+pub mod intake;
 mod line;
 pub mod pattern;
 pub mod query;

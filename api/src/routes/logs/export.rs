@@ -163,7 +163,7 @@ impl Exporting {
             match self.format {
                 Format::Ndjson => json_line(&mut text, &EndBody { lines, complete }),
                 Format::Csv => {
-                    text.extend(["# lines=", &lines.to_string(), " complete=", &complete.to_string(), "\r\n"])
+                    text.extend(["# lines=", &lines.to_string(), " complete=", &complete.to_string(), "\r\n"]);
                 }
             }
         }

@@ -264,10 +264,15 @@ impl Reply {
     #[track_caller]
     pub(crate) fn expect(self, status: u16) -> Self {
         assert_eq!(self.status.as_u16(), status, "{}", self.text);
-        if status >= 400 && !self.body["ready"].is_boolean() {
+        if status >= 400 && !self.body["ready"].is_boolean() && !self.is_status() {
             self.expect_problem();
         }
         self
+    }
+
+    /// Whether it is a refusal as OpenTelemetry wants it: `google.rpc.Status`, which has no type.
+    fn is_status(&self) -> bool {
+        self.body["type"].is_null() && self.body["code"].is_i64() && self.body["message"].is_string()
     }
 
     /// RFC 9457, and the id under which the log tells more.
@@ -287,7 +292,9 @@ impl Reply {
     #[track_caller]
     pub(crate) fn problem(self, status: u16, kind: &str) -> Self {
         let this = self.expect(status);
-        assert_eq!(this.body["type"], format!("urn:muster:problem:{kind}"), "{}", this.text);
+        if !this.is_status() {
+            assert_eq!(this.body["type"], format!("urn:muster:problem:{kind}"), "{}", this.text);
+        }
         this
     }
 

@@ -17,6 +17,7 @@ mod hostile;
 mod index;
 mod limits;
 mod log_ingest;
+mod logs;
 mod node_red;
 mod oidc;
 mod otlp;

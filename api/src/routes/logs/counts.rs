@@ -3,6 +3,7 @@
 use axum::extract::State;
 use chrono::{DateTime, Utc};
 use fleet_core::clock::from_ms;
+use fleet_core::firmware;
 use fleet_core::level::Level;
 use fleet_core::log::query::{Completion, fields as known_fields};
 use fleet_core::search::{self, MAX_BUCKETS, MAX_PATTERNS, MAX_VALUES};
@@ -290,6 +291,9 @@ pub(crate) struct PatternsQuery {
     /// Only patterns of which there was no line before this time, such as that of a release.
     #[param(example = "2026-11-20T10:00:00Z")]
     new_since: Option<String>,
+    /// The same for the time at which a device first said this version of firmware.
+    #[param(example = "2.0.1")]
+    new_since_version: Option<String>,
     /// Most patterns.
     #[param(minimum = 1, maximum = 1000, default = 10)]
     size: Option<usize>,
@@ -298,6 +302,7 @@ pub(crate) struct PatternsQuery {
 pub(crate) struct Patterns {
     asked: Asked,
     new_since_ms: Option<i64>,
+    new_since_version: Option<String>,
     size: usize,
 }
 
@@ -305,15 +310,19 @@ impl FromQuery for Patterns {
     fn from_query(query: &mut Params<'_>) -> Option<Self> {
         let asked = Asked::from_query(query);
         let new_since_ms = instant(query, "new_since").map(|(start, _)| start);
+        let new_since_version = query.one::<String>("new_since_version");
+        if new_since_ms.is_some() && new_since_version.is_some() {
+            query.refuse("new_since_version", "expected either this or new_since");
+        }
         let size = size(query, MAX_PATTERNS);
-        Some(Self { asked: asked?, new_since_ms, size })
+        Some(Self { asked: asked?, new_since_ms, new_since_version, size })
     }
 }
 
 /// List patterns
 ///
 /// Lines that differ in numbers, addresses, ids and the like only are one pattern. With `new_since`, only those that nobody
-/// wrote before: what is new since a release.
+/// wrote before; `new_since_version` does so for a release.
 #[utoipa::path(
     get, path = "/api/v1/logs/patterns", tag = "logs", params(PatternsQuery), security(("bearer" = ["logs:read"])),
     responses(
@@ -325,8 +334,12 @@ impl FromQuery for Patterns {
 pub(crate) async fn patterns(
     State(app): State<App>,
     caller: Can<LogsRead>,
-    Query(Patterns { asked, new_since_ms, size }): Query<Patterns>,
+    Query(Patterns { asked, new_since_ms, new_since_version, size }): Query<Patterns>,
 ) -> Result<Json<PatternsBody>, Problem> {
+    let new_since_ms = match new_since_version {
+        Some(version) => Some(begin_of(&app, &caller, &version).await?),
+        None => new_since_ms,
+    };
     let index = app.search()?;
     let is_complete = index.index().state().is_complete();
     let found = index.patterns(&asked.resolve(&app, &caller).await?, new_since_ms, size).await?;
@@ -334,6 +347,13 @@ pub(crate) async fn patterns(
     let found = found.read(&mut *caller.read(&app).await?, caller.tenant).await?;
     let items = found.iter().map(PatternBody::new).collect();
     Ok(Json(PatternsBody { items, total, complete: is_complete && all }))
+}
+
+/// When a version of firmware was first said.
+async fn begin_of(app: &App, caller: &Can<LogsRead>, version: &str) -> Result<i64, Problem> {
+    let seen = firmware::first_seen(&mut *caller.read(app).await?, caller.tenant, version).await?;
+    let unknown = || Problem::new(400, "unknown-version", format!("no device has said that it runs version {version:?}"));
+    Ok(seen.ok_or_else(unknown)?.timestamp_millis())
 }
 
 /// What can be asked for.

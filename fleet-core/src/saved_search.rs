@@ -63,6 +63,9 @@ impl Said {
         if !is_printable(&self.name) {
             return Err(Error::Invalid(format!("name: expected 1 to {MAX_NAME_CHARS} printable characters")));
         }
+        if self.query.contains('\0') {
+            return Err(Error::Invalid("query: expected no U+0000".to_owned()));
+        }
         log::query::read(&self.query, now).map_err(|error| Error::Invalid(format!("query: {error}")))?;
         for (field, given) in [("from", &self.from), ("to", &self.to)] {
             if let Some(given) = given {

@@ -33,6 +33,7 @@ pub(crate) fn body(method: &str, path: &str) -> Value {
         ("POST", "/api/v1/saved-searches") | ("PUT", "/api/v1/saved-searches/{id}") => {
             json!({ "name": "s", "query": "*" })
         }
+        ("PATCH", "/api/v1/devices/{id}/shadow") => json!({ "desired": { "fan": 1 } }),
         ("PUT", "/api/v1/roles/{id}") => json!({ "permissions": ["devices:read"], "topic_rules": [] }),
         ("POST", "/api/v1/authorities") => json!({ "name": "ca", "kind": "built-in" }),
         ("POST", "/api/v1/devices/{id}/certificates") => json!({ "csr_pem": csr() }),

@@ -246,10 +246,9 @@ const BEFORE_LOGIN: [&str; 6] =
 
 #[test]
 fn whoever_has_logged_in_reads_and_changes_in_a_transaction_of_their_own() {
-    let routes = concat!(env!("CARGO_MANIFEST_DIR"), "/api/src/routes");
-    for file in std::fs::read_dir(routes).expect("the routes are there").flatten() {
-        let name = file.file_name().into_string().expect("a name");
-        let source = std::fs::read_to_string(file.path()).expect("a source file");
+    for file in rust_files(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/api/src/routes"))) {
+        let name = file.file_name().expect("a name").to_string_lossy().into_owned();
+        let source = std::fs::read_to_string(file).expect("a source file");
         let is_bound =
             !source.contains("app.begin(") && !source.contains("app.db.acquire(") && !source.contains("app.db.begin(");
         assert!(

@@ -79,6 +79,12 @@ async fn lines_are_found_counted_and_grouped() {
     assert_eq!((&patterns["items"][0]["count"], &patterns["total"]), (&json!(20), &json!(1)));
     let new = api.get("/api/v1/logs/patterns?new_since=now").await.expect(200).body;
     assert_eq!(new["items"], json!([]));
+    api.get("/api/v1/logs/patterns?new_since_version=9.9").await.problem(400, "unknown-version");
+    api.get("/api/v1/logs/patterns?new_since_version=2.0&new_since=now").await.problem(400, "invalid");
+    let seen = "insert into firmware_seen (tenant_key, version, first_at) select tenant_key, '2.0.0', '2025-11-20' from device limit 1";
+    sqlx::query(seen).execute(api.db.pool()).await.unwrap();
+    let new = api.get("/api/v1/logs/patterns?new_since_version=2.0").await.expect(200).body;
+    assert_eq!(new["total"], 1);
     let fields = api.get("/api/v1/logs/fields").await.expect(200).body;
     assert!(fields["items"].as_array().unwrap().iter().any(|field| field["name"] == "level"));
 }

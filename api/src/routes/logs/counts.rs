@@ -351,9 +351,12 @@ pub(crate) async fn patterns(
 
 /// When a version of firmware was first said.
 async fn begin_of(app: &App, caller: &Can<LogsRead>, version: &str) -> Result<i64, Problem> {
-    let seen = firmware::first_seen(&mut *caller.read(app).await?, caller.tenant, version).await?;
     let unknown =
         || Problem::new(400, "unknown-version", format!("no device has said that it runs version {version:?}"));
+    if version.contains(char::is_control) {
+        return Err(unknown());
+    }
+    let seen = firmware::first_seen(&mut *caller.read(app).await?, caller.tenant, version).await?;
     Ok(seen.ok_or_else(unknown)?.timestamp_millis())
 }
 

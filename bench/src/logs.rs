@@ -144,7 +144,12 @@ impl Stage {
     }
 
     /// Writes these lines, spread over a time, and says how long it took.
-    async fn write(&self, range: std::ops::Range<usize>, from: DateTime<Utc>, over: TimeDelta) -> anyhow::Result<Duration> {
+    async fn write(
+        &self,
+        range: std::ops::Range<usize>,
+        from: DateTime<Utc>,
+        over: TimeDelta,
+    ) -> anyhow::Result<Duration> {
         let mut connections = Vec::new();
         for _ in 0..WRITERS {
             connections.push(self.options.connect().await?);
@@ -153,7 +158,8 @@ impl Stage {
         let started = Instant::now();
         let mut tasks = JoinSet::new();
         for (writer, db) in connections.into_iter().enumerate() {
-            let of = Writer { number: writer, from, step_us, devices: self.devices.clone(), now_ms: self.clock.now_ms() };
+            let of =
+                Writer { number: writer, from, step_us, devices: self.devices.clone(), now_ms: self.clock.now_ms() };
             tasks.spawn(of.write(db, range.clone()));
         }
         while let Some(ended) = tasks.join_next().await {
@@ -172,11 +178,21 @@ impl Stage {
         let built = postgres::build(&self.pool).await?;
         let rate = |took: Duration| plan.lines as f64 / took.as_secs_f64();
         let wanted = Some(Wanted::TimesTheirs(3.0));
-        self.figure("lines indexed a second, from rows; a table that has its GIN index", rate(took), Some(rate(built.live)), wanted);
+        self.figure(
+            "lines indexed a second, from rows; a table that has its GIN index",
+            rate(took),
+            Some(rate(built.live)),
+            wanted,
+        );
         self.figure("the same; `create index … using gin` over the rows", rate(took), Some(rate(built.gin)), None);
         let ours = size_of(dir)? as f64 / plan.lines as f64;
         let theirs = built.gin_bytes as f64 / plan.lines as f64;
-        self.figure("bytes of index a line; GIN alone, as it was filled", ours, Some(theirs), Some(Wanted::AtMost(100.0)));
+        self.figure(
+            "bytes of index a line; GIN alone, as it was filled",
+            ours,
+            Some(theirs),
+            Some(Wanted::AtMost(100.0)),
+        );
         Ok(Search::new(index, &settings, Metrics::register(&prometheus::Registry::new())?))
     }
 

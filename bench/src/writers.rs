@@ -85,7 +85,12 @@ async fn settle(pool: &PgPool) -> anyhow::Result<()> {
 }
 
 /// Rows a second of all writers together.
-pub(crate) async fn write(options: &PgConnectOptions, tenant: TenantKey, clock: &Clock, rows: usize) -> anyhow::Result<f64> {
+pub(crate) async fn write(
+    options: &PgConnectOptions,
+    tenant: TenantKey,
+    clock: &Clock,
+    rows: usize,
+) -> anyhow::Result<f64> {
     let mut connections = Vec::new();
     for _ in 0..WRITERS {
         connections.push(options.connect().await?);

@@ -68,8 +68,9 @@ async fn measure(server: &Server, device: &Identity) -> anyhow::Result<(Vec<Dura
         let at = Instant::now();
         acknowledged.insert(nth, at);
         if nth % SEARCHED == 0 {
-            let found = find(&http, &format!("{url}/logs/search?limit=1&q=n{nth}"), &token);
-            timeout(PATIENCE, found).await.context("a line that was acknowledged is not found")??;
+            let search = format!("{url}/logs/search?limit=1&q=n{nth}");
+            let found = timeout(PATIENCE, find(&http, &search, &token));
+            found.await.context("a line that was acknowledged is not found")??;
             searched.push(at.elapsed());
         }
         sleep(PAUSE).await;

@@ -4,10 +4,6 @@ use std::fmt::Write as _;
 
 /// Devices that write.
 pub(crate) const DEVICES: usize = 10_000;
-/// A word of nearly half of all lines.
-pub(crate) const COMMON: &str = "connection";
-/// A word of one line in a thousand.
-pub(crate) const RARE: &str = "brownout";
 
 /// Messages, with how many lines of a thousand have them; `{}` is a number.
 const MESSAGES: &[(usize, &str, &str, &str)] = &[
@@ -54,20 +50,25 @@ pub(crate) fn line(nth: usize, ts_ms: i64, payload: &mut String) -> usize {
         .expect("the shares add up to 1000");
     payload.clear();
     let seq = nth + 1;
-    write!(payload, r#"{{"ts":{ts_ms},"seq":{seq},"level":"{level}","target":"{target}","message":""#).expect("a String");
+    write!(payload, r#"{{"ts":{ts_ms},"seq":{seq},"level":"{level}","target":"{target}","message":""#)
+        .expect("a String");
     for (part, text) in message.split("{}").enumerate() {
         if part > 0 {
             write!(payload, "{}", numbers.below(5000)).expect("a String");
         }
         payload.push_str(text);
     }
-    write!(payload, r#"","fields":{{"rssi":-{},"code":{}}}}}"#, 30 + numbers.below(60), numbers.below(40)).expect("a String");
+    write!(payload, r#"","fields":{{"rssi":-{},"code":{}}}}}"#, 30 + numbers.below(60), numbers.below(40))
+        .expect("a String");
     usize::try_from(numbers.below(DEVICES as u64)).expect("few devices")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A word of nearly half of all lines, and one of a line in a thousand.
+    const WORDS: [&str; 2] = ["connection", "brownout"];
 
     #[test]
     fn lines_are_json_and_have_their_shares() {
@@ -77,7 +78,7 @@ mod tests {
         for nth in 0..20_000 {
             assert!(line(nth, 1_700_000_000_000, &mut payload) < DEVICES);
             let read: serde_json::Value = serde_json::from_str(&payload).unwrap();
-            for (word, has) in [COMMON, RARE].iter().zip(&mut has) {
+            for (word, has) in WORDS.iter().zip(&mut has) {
                 *has += usize::from(read["message"].as_str().unwrap().contains(word));
             }
         }

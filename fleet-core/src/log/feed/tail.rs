@@ -130,10 +130,7 @@ impl Tail {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            // What was committed after rights have changed is not looked at before they are.
-            let has_changed = epoch.has_changed().unwrap_or(false);
-            epoch.mark_unchanged();
-            if let Some(ended) = self.check(has_changed).await {
+            if let Some(ended) = self.keep_up(epoch).await {
                 return ended;
             }
             if self.behind.is_some() && !self.waits_for_room() {
@@ -148,13 +145,25 @@ impl Tail {
                 _ = tick.tick() => {}
                 () = outbox.taken(), if self.behind.is_some() => {}
                 chunk = chunks.recv(), if self.behind.is_none() => match chunk {
-                    Ok(chunk) => self.take(&chunk).await,
+                    Ok(chunk) => {
+                        if let Some(ended) = self.keep_up(epoch).await {
+                            return ended;
+                        }
+                        self.take(&chunk).await;
+                    }
                     // The next one that is there begins further on, which shows what is missing.
                     Err(RecvError::Lagged(_)) => {}
                     Err(RecvError::Closed) => return Ended::Left,
                 },
             }
         }
+    }
+
+    /// What was committed after rights have changed is not looked at before they are: the feed tells of the change first.
+    async fn keep_up(&mut self, epoch: &mut watch::Receiver<i64>) -> Option<Ended> {
+        let has_changed = epoch.has_changed().unwrap_or(false);
+        epoch.mark_unchanged();
+        self.check(has_changed).await
     }
 
     /// Looks at the rights again, if they may have changed.

@@ -91,37 +91,6 @@ async fn an_acknowledged_line_is_found_counted_and_printed() {
 }
 
 #[tokio::test]
-async fn a_tail_outlives_the_server_and_loses_and_repeats_nothing() {
-    let mut fleet = Fleet::start().await;
-    let pump = fleet.enrol("pump-7").await;
-    let mut follow = Follow::start(&fleet, fleet.token(), &["--json"]).await;
-    let mut mqtt = fleet.connect(&pump).await;
-    let mut seen = Vec::new();
-    for round in 0..3 {
-        for n in round * 100..(round + 1) * 100 {
-            publish(&mut mqtt, &pump, n).await;
-        }
-        // Killed while lines are on their way to the terminal.
-        for _ in 0..50 {
-            seen.push(follow.line().await);
-        }
-        fleet.kill().await;
-        drop(mqtt);
-        fleet.start_again().await;
-        mqtt = fleet.connect(&pump).await;
-        publish(&mut mqtt, &pump, 1000 + round).await;
-        while seen.len() < (round + 1) * 101 {
-            seen.push(follow.line().await);
-        }
-        assert!(follow.said().await.contains("trying again"));
-    }
-    let seen = seen.iter().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
-    let seen = seen.map(|line| line["seq"].as_u64().expect("a number")).collect::<Vec<_>>();
-    let round = |round: u64| (round * 100..(round + 1) * 100).chain([1000 + round]);
-    assert_eq!(seen, (0..3).flat_map(round).collect::<Vec<_>>());
-}
-
-#[tokio::test]
 async fn who_may_not_see_lines_is_told_so_and_a_revoked_key_ends_the_tail() {
     let fleet = Fleet::start().await;
     fleet.make("/api/v1/roles", json!({ "id": "blind", "permissions": ["devices:read"] })).await;

@@ -2,6 +2,7 @@
 
 mod access;
 mod audit;
+mod deadlines;
 mod demo;
 mod exit;
 mod index;

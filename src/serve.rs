@@ -30,6 +30,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::deadlines::Deadlines;
 use crate::exit::CannotListen;
 use crate::server_log::{Keeper, Taken};
 use crate::settings::{self, Loaded};
@@ -236,6 +237,7 @@ async fn start_broker(
         pki: pki.clone(),
         provisioning: config.provisioning.clone(),
         shadow: config.shadow.clone(),
+        commands: config.commands.clone(),
         clock: clock.clone(),
         registry: registry.clone(),
     })
@@ -326,7 +328,7 @@ impl Http {
 /// Housekeeping.
 struct Worker {
     stop: CancellationToken,
-    tasks: [JoinHandle<()>; 2],
+    tasks: [JoinHandle<()>; 3],
 }
 
 impl Worker {
@@ -344,6 +346,8 @@ impl Worker {
         let stop = CancellationToken::new();
         let clearing = Clearing::new(&config, registry)?;
         let clearing = tokio::spawn(clearing.run(db.clone(), clock.clone(), stop.clone()));
+        let deadlines = Deadlines::new(config.shadow.clone(), registry)?;
+        let ending = tokio::spawn(deadlines.run(db.clone(), clock.clone(), stop.clone()));
         let stopping = stop.clone();
         let sweeping = tokio::spawn(async move {
             let mut every = tokio::time::interval(SWEEP_EVERY);
@@ -357,7 +361,7 @@ impl Worker {
                 }
             }
         });
-        Ok(Self { stop, tasks: [sweeping, clearing] })
+        Ok(Self { stop, tasks: [sweeping, clearing, ending] })
     }
 
     async fn stop(self) {

@@ -215,6 +215,7 @@ rights!(
     ShadowWrite,
     LogsWrite,
     LogsRead,
+    CommandsSend,
     DeadLettersRead,
     ConnectionsRead,
     ConnectionsManage,

@@ -33,9 +33,10 @@ pub use state::{App, Health};
 
 use problem::Problem;
 use routes::{
-    access, api_keys, audit, auth, authorities, bindings, certificates, claims, connections, credentials, dead_letters,
-    decommissions, devices, docs, groups, import, index, login_failures, login_sessions, logs, operations, passwords,
-    provision, roles, saved_searches, sessions, shadows, signing_keys, telemetry, tenants, totp, users,
+    access, api_keys, audit, auth, authorities, bindings, certificates, claims, commands, connections, credentials,
+    dead_letters, decommissions, devices, docs, groups, import, index, log_levels, login_failures, login_sessions,
+    logs, operations, passwords, provision, roles, saved_searches, sessions, shadows, signing_keys, telemetry, tenants,
+    totp, users,
 };
 
 /// Every route of the HTTP door, on one screen.
@@ -101,6 +102,11 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(logs::context::context))
         .routes(routes!(saved_searches::create, saved_searches::list))
         .routes(routes!(saved_searches::read, saved_searches::replace, saved_searches::delete))
+        .routes(routes!(commands::send, commands::list))
+        .routes(routes!(commands::upload_logs))
+        .routes(routes!(commands::read))
+        .routes(routes!(commands::cancel))
+        .routes(routes!(log_levels::read, log_levels::set, log_levels::end))
         .routes(routes!(dead_letters::list))
         .routes(routes!(sessions::list))
         .routes(routes!(sessions::read, sessions::end))
@@ -193,6 +199,7 @@ pub fn refusal(status: u16, kind: &'static str, detail: impl Into<String>) -> Re
         (name = "telemetry", description = "What devices say about themselves"),
         (name = "logs", description = "What devices log"),
         (name = "shadow", description = "What devices are to be, and what they say they are"),
+        (name = "commands", description = "What devices are to do, and what becomes of it"),
         (name = "dead-letters", description = "Payloads that could not be read"),
         (name = "sessions", description = "What outlives the connections of clients: subscriptions, and messages that wait"),
         (name = "users", description = "People who log in"),

@@ -7,8 +7,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use fleet_core::device::GroupPath;
 use fleet_core::id::{
-    ApiKeyId, BindingId, ClaimId, ClaimRequestId, ConnectionEventId, ConnectionId, DeadLetterId, DecommissionId,
-    DeviceId, RoleId, SavedSearchId, SessionId, TenantId, UserId,
+    ApiKeyId, BindingId, ClaimId, ClaimRequestId, CommandId, ConnectionEventId, ConnectionId, DeadLetterId,
+    DecommissionId, DeviceId, RoleId, SavedSearchId, SessionId, TenantId, UserId,
 };
 use serde::{Serialize, Serializer};
 use utoipa::{IntoParams, ToSchema};
@@ -87,6 +87,8 @@ pub(crate) enum Cursor {
     Claim(ClaimId),
     /// In the list of what was asked by claims.
     ClaimRequest(ClaimRequestId),
+    /// In the list of commands of a device.
+    Command(CommandId),
     /// In the list of decommissions.
     Decommission(DecommissionId),
     /// In the list of saved searches.
@@ -114,6 +116,7 @@ impl Cursor {
             Self::ClaimRequest(id) => format!("q{id}"),
             Self::Decommission(id) => format!("x{id}"),
             Self::SavedSearch(id) => format!("v{id}"),
+            Self::Command(id) => format!("z{id}"),
             Self::Reading { ts_ms, seq } => format!("r{ts_ms},{seq}"),
         };
         URL_SAFE_NO_PAD.encode(plain)
@@ -137,6 +140,7 @@ impl Cursor {
             "a" => key.parse().ok().map(Self::Audit),
             "m" => key.parse().ok().map(Self::Claim),
             "q" => key.parse().ok().map(Self::ClaimRequest),
+            "z" => key.parse().ok().map(Self::Command),
             "x" => key.parse().ok().map(Self::Decommission),
             "v" => key.parse().ok().map(Self::SavedSearch),
             "r" => {
@@ -211,7 +215,8 @@ keys!(
     i64: Audit,
     ClaimId: Claim,
     ClaimRequestId: ClaimRequest,
-    SavedSearchId: SavedSearch
+    SavedSearchId: SavedSearch,
+    CommandId: Command
 );
 
 /// The key behind which a page is to begin; a cursor of another list is refused.

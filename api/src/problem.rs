@@ -242,6 +242,8 @@ impl From<Error> for Problem {
             Error::NoSuchDevice(_) => (404, "no-such-device"),
             Error::ShadowConflict { .. } => (409, "shadow-conflict"),
             Error::ShadowTooLarge { .. } => (413, "shadow-too-large"),
+            Error::NoSuchCommand(_) => (404, "no-such-command"),
+            Error::CommandFinished(_) => (409, "command-finished"),
             Error::ShadowForgotten => (404, "shadow-forgotten"),
             Error::NoSuchTenant(_) => (404, "no-such-tenant"),
             Error::TenantExists(_) => (409, "tenant-exists"),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::http::HeaderValue;
 use fleet_core::authority::Pki;
 use fleet_core::clock::Clock;
-use fleet_core::config::{self, Audit, Auth, Config, Http, Logs, Provisioning, Shadow};
+use fleet_core::config::{self, Audit, Auth, Commands, Config, Http, Logs, Provisioning, Shadow};
 use fleet_core::control::{self, Answers, Request};
 use fleet_core::index::Index;
 use fleet_core::log::feed::Feed;
@@ -47,6 +47,7 @@ pub struct App {
     pub(crate) auth: Arc<Auth>,
     pub(crate) provisioning: Arc<Provisioning>,
     pub(crate) shadow: Arc<Shadow>,
+    pub(crate) commands: Arc<Commands>,
     pub(crate) audit: Arc<Audit>,
     pub(crate) logs: Arc<Logs>,
     pub(crate) feed: Feed,
@@ -83,6 +84,7 @@ impl App {
         let searching = Arc::new((config.search.clone(), search::Metrics::register(&registry)?));
         let logs = Arc::new(config.logs.clone());
         let feed = Feed::new(db.clone(), keys.clone(), clock.clone(), config.logs.clone(), &registry)?;
+        let commands = Arc::new(config.commands.clone());
         let (audit, denials) = (Arc::new(config.audit.clone()), Denials::default());
         let hsts = HeaderValue::from_str(&format!("max-age={}; includeSubDomains", http.hsts_s)).ok();
         let hsts = hsts.filter(|_| http.hsts_s > 0);
@@ -101,6 +103,7 @@ impl App {
             auth,
             provisioning,
             shadow,
+            commands,
             audit,
             logs,
             feed,

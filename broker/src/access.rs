@@ -16,7 +16,7 @@ use fleet_core::control::{self, Verdict};
 use fleet_core::credential::{self, Offer};
 use fleet_core::directory::Directory;
 use fleet_core::gateway::Children;
-use fleet_core::id::{DeviceId, DeviceKey, TenantId, TenantKey};
+use fleet_core::id::{CommandId, DeviceId, DeviceKey, TenantId, TenantKey};
 use fleet_core::policy::{Guard, Principal, TopicRules, Who};
 use fleet_core::token::{self, Keys};
 use fleet_core::topic::{Channel, DeviceTopic, ROOT};
@@ -241,6 +241,8 @@ pub(crate) enum Route {
     Renewal(Arc<Sender>),
     /// What this device asks or says about its shadow: answered, and acknowledged after what it says is stored.
     Shadow(Arc<Sender>),
+    /// What this device says of a command: acknowledged after it is stored.
+    Response(Arc<Sender>),
     /// A request to come in, by whoever shows the secret of a claim: answered, and acknowledged after what comes of it is stored.
     Provision,
     /// Handed to whoever subscribes.
@@ -312,6 +314,7 @@ impl Rights {
             Channel::Logs => Route::Logs,
             Channel::Status => Route::Status,
             Channel::CertificateRenewal => Route::Renewal,
+            Channel::CommandResponse(_) => Route::Response,
             Channel::ShadowGet | Channel::ShadowUpdate => Route::Shadow,
             Channel::Other(rest) if rest.starts_with("certificates/") => {
                 return Err("what is said about certificates is the server's own");
@@ -335,6 +338,16 @@ impl Rights {
         let DeviceTopic { device, channel, .. } = DeviceTopic::parse(filter)?;
         let key = if device == own.id.as_str() { own.device } else { self.child(filter)?.device };
         Some((key, channel.as_str()))
+    }
+
+    /// The command that a message asks this device, or one it acts for, to do.
+    pub(crate) fn command_in(&self, topic: &str) -> Option<(DeviceKey, CommandId)> {
+        if self.sender.is_none() || !topic.ends_with("/request") {
+            return None;
+        }
+        let (device, _) = self.about(topic)?;
+        let id = DeviceTopic::parse(topic)?.channel.command()?;
+        Some((device, id.parse().ok()?))
     }
 
     /// The child that a topic or a filter is about.

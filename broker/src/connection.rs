@@ -31,7 +31,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::Shared;
 use crate::access::Rights;
-use crate::dispatch::Arrived;
+use crate::dispatch::News;
 use crate::handshake::{self, Admitted, count_violation, say_goodbye};
 use crate::inflight::Inflight;
 use crate::ingest::{Item, What};
@@ -525,11 +525,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// Has a device sent what waits for it; when too many have come, nothing is read until there is room.
-    fn announce(&mut self, arrived: Arrived) {
-        if let Err(arrived) = self.shared.dispatch.offer(arrived) {
+    /// Tells whoever sends news to devices; when too much is told at once, nothing is read until there is room.
+    fn announce(&mut self, news: News) {
+        if let Err(news) = self.shared.dispatch.offer(news) {
             let shared = self.shared.clone();
-            self.stall(async move { shared.dispatch.wait(arrived).await });
+            self.stall(async move { shared.dispatch.wait(news).await });
         }
     }
 

@@ -6,6 +6,8 @@
 
 use std::collections::VecDeque;
 
+use fleet_core::id::{CommandId, DeviceKey};
+
 use crate::mailbox::Delivery;
 use crate::wire::PacketId;
 
@@ -31,6 +33,8 @@ pub(crate) struct Sent {
     pub(crate) bytes: i64,
     /// Kept when another member of a shared subscription may have to take over.
     pub(crate) shared: Option<Box<Delivery>>,
+    /// The command that it asks its device to do.
+    pub(crate) command: Option<(DeviceKey, CommandId)>,
 }
 
 /// The window of one connection.
@@ -118,7 +122,7 @@ mod tests {
 
     fn send(inflight: &mut Inflight, offset: Option<i64>) -> Option<PacketId> {
         let packet_id = inflight.next_id(offset)?;
-        inflight.begin(Sent { packet_id, awaits: Awaits::Ack, offset, bytes: 0, shared: None });
+        inflight.begin(Sent { packet_id, awaits: Awaits::Ack, offset, bytes: 0, shared: None, command: None });
         Some(packet_id)
     }
 

@@ -12,7 +12,7 @@
 //! | the subscription tree, and retained messages | `router.rs`, `retained.rs` |
 //! | who may connect, and on which topics | `access.rs`, many at once by `batch.rs` |
 //! | queue → writer → database → acknowledgement | `ingest.rs` |
-//! | requests that are answered on a topic | `desk.rs`: `renewal.rs` (certificates), `provisioning.rs` (to come in), `shadows.rs` (what devices are) |
+//! | requests that are answered on a topic | `desk.rs`: `renewal.rs` (certificates), `provisioning.rs` (to come in), `shadows.rs` (what devices are), `responses.rs` (what they did) |
 //! | rows that wait for devices, as messages | `dispatch.rs` |
 //! | who is connected, and what they are told from outside | `presence.rs` |
 //! | changed rights, questions of operators | `control.rs` |
@@ -49,6 +49,7 @@ mod queue;
 mod rate;
 mod recent;
 mod renewal;
+mod responses;
 mod restore;
 mod retained;
 mod router;
@@ -97,6 +98,7 @@ use listener::Entrance;
 use presence::Presences;
 use provisioning::Provisioning;
 use renewal::Renewals;
+use responses::Responses;
 use retained::Retained;
 use router::Router;
 use rows::Now;
@@ -135,6 +137,8 @@ pub struct Parts {
     pub provisioning: config::Provisioning,
     /// Bounds of what devices are to be, and say they are.
     pub shadow: config::Shadow,
+    /// Bounds of what they are to do.
+    pub commands: config::Commands,
     /// The time.
     pub clock: Clock,
     /// Where the metrics are registered.
@@ -179,6 +183,7 @@ struct Shared {
     renewals: Desk<renewal::By>,
     provisioning: Desk<provisioning::By>,
     shadows: Shadows,
+    responses: Desk<Arc<ingest::Sender>>,
     dispatch: Dispatch,
     metrics: Metrics,
     events: Events,
@@ -193,6 +198,7 @@ struct Desks {
     renewals: Desk<renewal::By>,
     provisioning: Desk<provisioning::By>,
     shadows: Shadows,
+    responses: Desk<Arc<ingest::Sender>>,
 }
 
 fn open_desks(parts: &Parts, store: &Store, metrics: &Metrics) -> (Desks, Vec<Serving>) {
@@ -207,8 +213,10 @@ fn open_desks(parts: &Parts, store: &Store, metrics: &Metrics) -> (Desks, Vec<Se
     let provisioning = Provisioning { settings: parts.provisioning.clone(), db, clock, metrics: m };
     let room = provisioning.room();
     let (provisioning, letting_in) = desk::open(provisioning, &room, store.clone(), metrics.clone());
-    serving.extend([renewing, letting_in]);
-    (Desks { renewals, provisioning, shadows }, serving)
+    let (db, clock, m) = given();
+    let (responses, taking) = Responses { settings: parts.commands.clone(), db, clock, metrics: m }.open(store);
+    serving.extend([renewing, letting_in, taking]);
+    (Desks { renewals, provisioning, shadows, responses }, serving)
 }
 
 /// A running broker.
@@ -269,7 +277,7 @@ impl Broker {
             events: events.clone(),
         });
         let (ingest, writers) = ingest::start(&parts.ingest, &parts.writer_options, &store, &parts.clock, &metrics);
-        let (Desks { renewals, provisioning, shadows }, desks) = open_desks(&parts, &store, &metrics);
+        let (Desks { renewals, provisioning, shadows, responses }, desks) = open_desks(&parts, &store, &metrics);
         let (dispatch, arrived) = Dispatch::new(metrics.clone());
         let news = parts.db.clone();
         let certificates = Certificates::new(parts.db.clone(), parts.clock.clone(), tls.clone(), parts.pki.settings());
@@ -293,6 +301,7 @@ impl Broker {
             renewals,
             provisioning,
             shadows,
+            responses,
             dispatch,
             traces: Traces::new(parts.mqtt.max_traces, parts.clock.clone(), metrics.clone()),
             settings: parts.mqtt,

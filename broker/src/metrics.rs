@@ -187,12 +187,14 @@ pub(crate) enum Limit {
     ProvisioningQueue,
     /// `shadow.request_queue`: the socket was not read for a while
     ShadowQueue,
+    /// `commands.response_queue`: the socket was not read for a while
+    ResponseQueue,
     /// Devices that came to listen all at once: the socket was not read for a while
     DispatchQueue,
 }
 
 impl Limit {
-    const ALL: [Self; 34] = [
+    const ALL: [Self; 35] = [
         Self::Connections,
         Self::PacketBytes,
         Self::ReceiveMaximum,
@@ -225,6 +227,7 @@ impl Limit {
         Self::RenewalQueue,
         Self::ProvisioningQueue,
         Self::ShadowQueue,
+        Self::ResponseQueue,
         Self::DispatchQueue,
         Self::Claimants,
     ];
@@ -263,6 +266,7 @@ impl Limit {
             Self::RenewalQueue => "renewal_queue",
             Self::ProvisioningQueue => "provisioning_queue",
             Self::ShadowQueue => "shadow_queue",
+            Self::ResponseQueue => "response_queue",
             Self::DispatchQueue => "dispatch_queue",
             Self::Claimants => "claimants",
         }

@@ -46,6 +46,7 @@ impl Will {
                 Ok(Route::Logs(sender)) => (sender, What::Logs),
                 Ok(Route::Status(sender)) => (sender, What::Status),
                 Ok(Route::Live) => return shared.store.publish(Incoming::plain(publish)).await,
+                Ok(Route::Response(sender)) => return shared.responses.ask(sender, Incoming::plain(publish)).await,
                 Ok(Route::Shadow(sender)) => return shared.shadows.ask(sender, Incoming::plain(publish)).await,
                 // A request for a certificate is no last word; it was refused with the CONNECT.
                 Ok(Route::Renewal(_) | Route::Provision) | Err(_) => return,

@@ -37,6 +37,7 @@ pub struct Config {
     pub ingest: Ingest,
     pub shadow: Shadow,
     pub otlp: Otlp,
+    pub commands: Commands,
     pub database: Database,
     pub auth: Auth,
     pub oidc: Oidc,
@@ -394,6 +395,7 @@ pub struct Shadow {
     pub max_depth: usize,
     pub history_versions: u32,
     pub request_queue: usize,
+    pub max_log_level_s: u64,
 }
 
 impl Shadow {
@@ -404,6 +406,33 @@ impl Shadow {
             ((1..=64).contains(&self.max_depth), "shadow.max_depth: expected 1 to 64"),
             ((1..=10_000).contains(&self.history_versions), "shadow.history_versions: expected 1 to 10000"),
             (self.request_queue > 0, "shadow.request_queue: expected at least 1"),
+        ]
+    }
+}
+
+/// `[commands]`
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "config/muster.toml has one line of meaning for every setting")]
+pub struct Commands {
+    pub max_open: usize,
+    pub max_params_bytes: usize,
+    pub default_timeout_s: u64,
+    pub max_timeout_s: u64,
+    pub max_response_bytes: usize,
+    pub response_queue: usize,
+}
+
+impl Commands {
+    /// Rules that types do not carry.
+    fn rules(&self) -> [(bool, &'static str); 3] {
+        [
+            ((1..=31_622_400).contains(&self.max_timeout_s), "commands.max_timeout_s: expected 1 to 31622400"),
+            (
+                (1..=self.max_timeout_s).contains(&self.default_timeout_s),
+                "commands.default_timeout_s: expected 1 to commands.max_timeout_s",
+            ),
+            (self.response_queue > 0, "commands.response_queue: expected at least 1"),
         ]
     }
 }
@@ -422,6 +451,7 @@ pub struct Retention {
     pub connection_event_days: u32,
     pub connection_event_max_rows: i64,
     pub decommission_rows: u32,
+    pub command_days: u32,
     pub audit_days: u32,
 }
 
@@ -781,6 +811,7 @@ impl Config {
             .chain(&self.admission.rules())
             .chain(&self.oidc.rules())
             .chain(&self.shadow.rules())
+            .chain(&self.commands.rules())
             .chain(&self.certificates.rules())
             .chain(&self.search.rules())
             .find(|(holds, _)| !holds)

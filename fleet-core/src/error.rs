@@ -3,8 +3,8 @@
 
 use crate::device::GroupPath;
 use crate::id::{
-    ApiKeyId, AuthorityId, BadId, BindingId, ClaimId, ClaimRequestId, CredentialId, DecommissionId, DeviceId,
-    LoginSessionId, RoleId, SavedSearchId, SessionId, TenantId, UserId,
+    ApiKeyId, AuthorityId, BadId, BindingId, ClaimId, ClaimRequestId, CommandId, CredentialId, DecommissionId,
+    DeviceId, LoginSessionId, RoleId, SavedSearchId, SessionId, TenantId, UserId,
 };
 use crate::topic_rule::BadRule;
 
@@ -51,6 +51,12 @@ pub enum Error {
         /// The bound.
         most: usize,
     },
+    /// No such command in the caller's tenant, or none that the caller may see.
+    #[error("command {0} does not exist")]
+    NoSuchCommand(CommandId),
+    /// It has come to its end.
+    #[error("command {0} is finished: expected one that is not")]
+    CommandFinished(CommandId),
     /// So old versions are not kept.
     #[error("what the shadow was then is not kept any more: ask for a later time")]
     ShadowForgotten,

@@ -198,6 +198,7 @@ id!(SessionId, "ses", "session");
 id!(LoginSessionId, "lgs", "login session");
 id!(ClaimId, "clm", "claim");
 id!(ClaimRequestId, "crq", "request by a claim");
+id!(CommandId, "cmd", "command");
 id!(DecommissionId, "dcm", "decommission of a device");
 id!(SavedSearchId, "qry", "saved search");
 

@@ -21,6 +21,8 @@
 //! | the newest value of each metric, and gaps in sequence numbers | [`latest`] |
 //! | payloads that could not be read | [`dead_letter`] |
 //! | what a device is to be, and says it is | [`shadow`]; news on their way to devices: [`dispatch`] |
+//! | what a device is to do | [`command`] |
+//! | the level at which a device logs, for a while | [`log_level`] |
 //! | people, their passwords, access tokens and the keys of those | [`user`], [`token`], [`signing_key`] |
 //! | logins and their refresh tokens | [`login_session`] |
 //! | what a password must be, and one-time links to a new one | [`password`], [`password_reset`] |
@@ -55,6 +57,7 @@ pub mod binding;
 pub mod certificate;
 pub mod claim;
 pub mod clock;
+pub mod command;
 pub mod config;
 pub mod connection_event;
 pub mod control;
@@ -81,6 +84,7 @@ pub mod issuing;
 pub mod latest;
 pub mod level;
 pub mod log;
+pub mod log_level;
 pub mod login_failure;
 pub mod login_session;
 pub mod oidc;

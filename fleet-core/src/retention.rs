@@ -19,7 +19,7 @@ use sqlx::{Connection, PgConnection, Postgres};
 pub use self::by_day::{DayDrop, Kind, Why, days_of, ensure_partitions, next_drop};
 use crate::config::Retention;
 use crate::id::TenantKey;
-use crate::{Result, audit, idempotency};
+use crate::{Result, audit, command, idempotency};
 
 /// Days that have their partition before they begin.
 pub const DAYS_AHEAD: u64 = 7;
@@ -49,6 +49,8 @@ pub struct Swept {
     pub idempotency: u64,
     /// Connection events, by age or by number.
     pub connection_events: u64,
+    /// Finished commands.
+    pub commands: u64,
     /// Rows of the audit.
     pub audit: u64,
     /// Whether there is more to remove: a statement's bound was reached, or a lock was not to be had.
@@ -73,6 +75,7 @@ pub async fn sweep(db: &mut PgConnection, retention: &Retention, now: DateTime<U
     sweep_dead_letters(db, retention, now, &mut swept).await?;
     sweep_idempotency(db, now, &mut swept).await?;
     sweep_connection_events(db, retention, now, &mut swept).await?;
+    sweep_commands(db, retention, now, &mut swept).await?;
     sweep_audit(db, retention, now, &mut swept).await?;
     Ok(swept)
 }
@@ -162,6 +165,20 @@ async fn sweep_idempotency(db: &mut PgConnection, now: DateTime<Utc>, swept: &mu
     })
     .await?;
     swept.idempotency += rounds.gone;
+    swept.unfinished |= rounds.unfinished;
+    Ok(())
+}
+
+async fn sweep_commands(
+    db: &mut PgConnection,
+    retention: &Retention,
+    now: DateTime<Utc>,
+    swept: &mut Swept,
+) -> Result<()> {
+    let keep_from = now - days(retention.command_days);
+    let mut rounds = Rounds::default();
+    while rounds.again(command::forget(db, keep_from, DELETE_ROWS).await?) {}
+    swept.commands += rounds.gone;
     swept.unfinished |= rounds.unfinished;
     Ok(())
 }

@@ -263,7 +263,7 @@ pub async fn change(
 }
 
 /// The shadow, which stays what it is until the transaction ends.
-async fn lock(db: &mut PgConnection, device: DeviceKey, now: DateTime<Utc>) -> Result<Shadow> {
+pub(crate) async fn lock(db: &mut PgConnection, device: DeviceKey, now: DateTime<Utc>) -> Result<Shadow> {
     sqlx::query!(
         "insert into shadow (device_key, version, desired, reported, updated_at) values ($1, 0, '{}', '{}', $2)
              on conflict (device_key) do nothing",
@@ -384,8 +384,8 @@ pub async fn seen(db: &mut PgConnection, device: DeviceKey, shadow: &Shadow) -> 
     Ok(())
 }
 
-/// The columns hold objects only.
-fn document(value: Value) -> Document {
+/// The members of an object; the columns hold nothing else.
+pub(crate) fn document(value: Value) -> Document {
     if let Value::Object(document) = value { document } else { Document::new() }
 }
 
@@ -409,7 +409,7 @@ fn depth(value: &Value) -> usize {
     }
 }
 
-fn has_nul(value: &Value) -> bool {
+pub(crate) fn has_nul(value: &Value) -> bool {
     match value {
         Value::String(text) => text.contains('\0'),
         Value::Array(items) => items.iter().any(has_nul),

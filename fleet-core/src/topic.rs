@@ -47,6 +47,10 @@ pub enum Channel<'a> {
     ShadowGet,
     /// `shadow/update`: what a device says it is.
     ShadowUpdate,
+    /// `commands/{id}/request`: what the device is to do.
+    CommandRequest(&'a str),
+    /// `commands/{id}/response`: what becomes of that.
+    CommandResponse(&'a str),
     /// Anything else below the device, as it stands.
     Other(&'a str),
 }
@@ -61,7 +65,25 @@ impl<'a> Channel<'a> {
             "certificates/renew" => Self::CertificateRenewal,
             "shadow/get" => Self::ShadowGet,
             "shadow/update" => Self::ShadowUpdate,
-            other => Self::Other(other),
+            other => Self::of_command(other).unwrap_or(Self::Other(other)),
+        }
+    }
+
+    fn of_command(rest: &'a str) -> Option<Self> {
+        let (id, what) = rest.strip_prefix("commands/")?.split_once('/')?;
+        match what {
+            _ if id.is_empty() => None,
+            "request" => Some(Self::CommandRequest(rest)),
+            "response" => Some(Self::CommandResponse(rest)),
+            _ => None,
+        }
+    }
+
+    /// The id of the command, as it was written, that it is about.
+    pub fn command(&self) -> Option<&'a str> {
+        match self {
+            Self::CommandRequest(rest) | Self::CommandResponse(rest) => rest.split('/').nth(1),
+            _ => None,
         }
     }
 
@@ -75,7 +97,7 @@ impl<'a> Channel<'a> {
             Self::CertificateRenewal => "certificates/renew",
             Self::ShadowGet => "shadow/get",
             Self::ShadowUpdate => "shadow/update",
-            Self::Other(rest) => rest,
+            Self::CommandRequest(rest) | Self::CommandResponse(rest) | Self::Other(rest) => rest,
         }
     }
 }
@@ -200,6 +222,16 @@ mod tests {
         assert_eq!(channel("fleet/v1/t/d/shadow/get"), Some(Channel::ShadowGet));
         assert_eq!(channel("fleet/v1/t/d/shadow/update"), Some(Channel::ShadowUpdate));
         assert_eq!(channel("fleet/v1/t/d/shadow/update/delta"), Some(Channel::Other("shadow/update/delta")));
+        for (topic, expected, id) in [
+            ("commands/7/request", Channel::CommandRequest("commands/7/request"), Some("7")),
+            ("commands/7/response", Channel::CommandResponse("commands/7/response"), Some("7")),
+            ("commands/7/response/x", Channel::Other("commands/7/response/x"), None),
+            ("commands//response", Channel::Other("commands//response"), None),
+            ("commands/response", Channel::Other("commands/response"), None),
+        ] {
+            assert_eq!(Channel::parse(topic), expected);
+            assert_eq!((expected.command(), expected.as_str()), (id, topic));
+        }
         assert_eq!(channel("fleet/v1/t/d/telemetry/x"), Some(Channel::Other("telemetry/x")));
         for not_a_device in
             ["fleet/v1/t/d", "fleet/v1/t/d/", "fleet/v1/t//status", "fleet/v2/t/d/status", "fleet/v1/t/_d/x"]

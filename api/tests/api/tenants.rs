@@ -33,6 +33,8 @@ pub(crate) fn body(method: &str, path: &str) -> Value {
         ("POST", "/api/v1/saved-searches") | ("PUT", "/api/v1/saved-searches/{id}") => {
             json!({ "name": "s", "query": "*" })
         }
+        ("POST", "/api/v1/devices/{id}/commands") => json!({ "name": "ping" }),
+        ("PUT", "/api/v1/devices/{id}/log-level") => json!({ "level": "warn", "for": "1h" }),
         ("PATCH", "/api/v1/devices/{id}/shadow") => json!({ "desired": { "fan": 1 } }),
         ("PUT", "/api/v1/roles/{id}") => json!({ "permissions": ["devices:read"], "topic_rules": [] }),
         ("POST", "/api/v1/authorities") => json!({ "name": "ca", "kind": "built-in" }),
@@ -55,8 +57,9 @@ fn csr() -> String {
 }
 
 /// Words that no stranger may read.
-const MARKS: [&str; 10] = [
+const MARKS: [&str; 11] = [
     "search-of-main",
+    "command-of-main",
     "claim-of-main",
     "group-of-main",
     "hall-of-main",
@@ -90,6 +93,10 @@ impl Main {
         api.post("/api/v1/groups", json!({ "path": "hall-of-main" })).await.expect(201);
         let search = json!({ "name": "search-of-main", "query": "*", "shared": true });
         let search = api.post("/api/v1/saved-searches", search).await.expect(201);
+        let command = json!({ "name": "command-of-main" });
+        let command = api.post("/api/v1/devices/boiler-1/commands", command).await.expect(201);
+        let level = json!({ "level": "debug", "for": "1h" });
+        api.ask("PUT", "/api/v1/devices/boiler-1/log-level").json(&level).send().await.expect(200);
         let session = Uuid::now_v7();
         let sql = format!(
             "insert into session (id, name, tenant_key, device_key, client_id, expiry_s, connected, since, created_at)
@@ -127,6 +134,7 @@ impl Main {
             ("claims", text(&claim.body["id"]), nobodys("clm")),
             ("decommissions", text(&gone.body["id"]), nobodys("dcm")),
             ("saved-searches", text(&search.body["id"]), nobodys("qry")),
+            ("commands", text(&command.body["id"]), nobodys("cmd")),
             ("requests", asked.ids()[0].to_owned(), nobodys("crq")),
         ];
         Self { api, ids }

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::{Connection, End, Later, Pending, violation};
 use crate::access::Route;
+use crate::dispatch::News;
 use crate::inflight::{Awaits, Sent};
 use crate::ingest::{Item, Sender, What};
 use crate::mailbox::{Receipt, Settled};
@@ -45,10 +46,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     fn handle(&mut self, packet: Packet) -> Result<(), End> {
         match packet {
             Packet::Publish(publish) => return self.receive(publish),
-            Packet::PubAck(ack) => self.finish_exchange(ack.packet_id, Awaits::Ack),
+            Packet::PubAck(ack) => self.finish_exchange(&ack, Awaits::Ack),
             Packet::PubRec(ack) => self.pub_rec(&ack),
             Packet::PubRel(ack) => return self.pub_rel(&ack),
-            Packet::PubComp(ack) => self.finish_exchange(ack.packet_id, Awaits::Comp),
+            Packet::PubComp(ack) => self.finish_exchange(&ack, Awaits::Comp),
             Packet::Subscribe(subscribe) => self.subscribe(subscribe),
             Packet::Unsubscribe(unsubscribe) => self.unsubscribe(unsubscribe),
             Packet::PingReq => self.send(Outgoing::PingResp),
@@ -90,6 +91,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Ok(Route::Status(sender)) => self.store(sender, publish, What::Status),
             Ok(Route::Renewal(sender)) => self.renew(sender, &publish),
             Ok(Route::Shadow(sender)) => self.ask_shadow(sender, &publish),
+            Ok(Route::Response(sender)) => self.respond(sender, &publish),
             Ok(Route::Provision) => self.provision(&publish),
             Ok(Route::Live) => self.pass_on(publish),
             Err(text) => return self.deny(publish, text),
@@ -185,6 +187,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let incoming = self.incoming(publish.detached());
         let shared = self.shared.clone();
         self.stalled = Some(Box::pin(async move { shared.shadows.ask(sender, incoming).await }));
+    }
+
+    /// Hands over what a device says of a command; nothing is read until it is taken.
+    fn respond(&mut self, sender: Arc<Sender>, publish: &Publish) {
+        let incoming = self.incoming(publish.detached());
+        let shared = self.shared.clone();
+        self.stalled = Some(Box::pin(async move { shared.responses.ask(sender, incoming).await }));
     }
 
     /// Hands a request to come in to whoever answers it; nothing is read until it is answered.
@@ -315,9 +324,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     // Answers to what the client was sent
 
     /// The last answer to a message. One of nothing is ignored: it may have crossed an expiry (MQTT 5 §4.4).
-    fn finish_exchange(&mut self, packet_id: PacketId, awaited: Awaits) {
-        if let Some(sent) = self.inflight.end(packet_id, awaited) {
+    fn finish_exchange(&mut self, ack: &Ack, awaited: Awaits) {
+        if let Some(sent) = self.inflight.end(ack.packet_id, awaited) {
             self.forget(&sent);
+            if let Some((device, command)) = sent.command.filter(|_| !ack.reason.is_failure()) {
+                self.announce(News::Delivered(device, command));
+            }
         }
     }
 
@@ -337,7 +349,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         };
         match sent.awaits {
             Awaits::Ack => {}
-            Awaits::Rec if ack.reason.is_failure() => self.finish_exchange(packet_id, Awaits::Rec),
+            Awaits::Rec if ack.reason.is_failure() => self.finish_exchange(ack, Awaits::Rec),
             Awaits::Rec => {
                 sent.awaits = Awaits::Comp;
                 match (sent.offset, &self.durable) {

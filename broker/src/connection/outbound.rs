@@ -37,7 +37,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     fn deliver(&mut self, mut delivery: Delivery) -> Option<Delivery> {
         let bytes = rows::queue_bytes(&delivery.publish);
         let offset = delivery.offset;
-        let sent = |packet_id, awaits| Sent { packet_id, awaits, offset, bytes, shared: None };
+        let command = self.rights.command_in(&delivery.publish.topic);
+        let sent = |packet_id, awaits| Sent { packet_id, awaits, offset, bytes, shared: None, command };
         if !(delivery.age() && self.may_have(&delivery)) {
             self.forget(&sent(PacketId::MIN, Awaits::Ack));
             return None;

@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::{Connection, Later};
 use crate::Shared;
 use crate::access::Rights;
-use crate::dispatch::{self, Arrived};
+use crate::dispatch::{self, Arrived, News};
 use crate::mailbox::{Delivery, Receipt, Settled};
 use crate::metrics::Limit;
 use crate::retained::Walk;
@@ -73,7 +73,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             let Some((device, below)) = self.rights.about(topics) else { continue };
             for kind in [Kind::Shadow, Kind::Command] {
                 if matches(below, dispatch::sample(kind)) {
-                    self.announce(Arrived { device, kind });
+                    let connection = self.presence.id;
+                    self.announce(News::Arrived(Arrived { device, kind, connection }));
                 }
             }
         }

@@ -34,6 +34,7 @@ pub(super) enum Part {
     ShadowHistory,
     LogLevel,
     Dispatch,
+    Command,
     SessionMessage,
     SessionReceived,
     SessionSubscription,
@@ -74,6 +75,7 @@ const PURGE: &[Part] = &[
     Part::Shadow,
     Part::LogLevel,
     Part::Dispatch,
+    Part::Command,
     Part::DeviceLatest,
     Part::DeviceStatus,
     Part::Credential,
@@ -97,6 +99,7 @@ impl Part {
             Self::ShadowHistory => "shadow_history",
             Self::LogLevel => "log_level",
             Self::Dispatch => "dispatch",
+            Self::Command => "command",
             Self::SessionMessage => "session_message",
             Self::SessionReceived => "session_received",
             Self::SessionSubscription => "session_subscription",
@@ -143,6 +146,18 @@ impl Part {
                     "
                     delete from shadow_history
                      where ctid = any(array(select ctid from shadow_history where device_key = $1 limit $2))
+                    ",
+                    target.key.0,
+                    rows
+                )
+                .execute(db)
+                .await?
+            }
+            Self::Command => {
+                sqlx::query!(
+                    "
+                    delete from command
+                     where id = any(array(select id from command where device_key = $1 limit $2))
                     ",
                     target.key.0,
                     rows
@@ -334,6 +349,7 @@ pub(super) async fn count(db: &mut PgConnection, target: &Target) -> Result<Coun
      union all select 'shadow', count(*) from shadow where device_key = $1
      union all select 'shadow_history', count(*) from shadow_history where device_key = $1
      union all select 'log_level', count(*) from log_level where device_key = $1
+     union all select 'command', count(*) from command where device_key = $1
      union all select 'dispatch', count(*) from dispatch where device_key = $1
      union all select 'session_message', count(*)
                  from session_message m join session s on s.id = m.session_id where s.device_key = $1

@@ -38,6 +38,8 @@ async fn full(db: &TestDb, name: &str, readings: u32) -> DeviceKey {
          insert into shadow (device_key, version, desired, reported, updated_at) values ({key}, 7, '{{}}', '{{}}', now());
          insert into shadow_history select {key}, n, '{{}}', '{{}}', 'device', now() from generate_series(1, 7) n;
          insert into log_level values ({key}, 'debug', null, now(), 'x', now());
+         insert into command (id, device_key, name, params, state, deadline, steps, created_by, created_at, updated_at)
+         select gen_random_uuid(), {key}, 'c', '{{}}', 'queued', now(), '[]', 'x', now(), now() from generate_series(1, 7);
          insert into dispatch values ({key}, 'shadow', 1, now());
          insert into dead_letter select gen_random_uuid(), {tenant}, '{name}', 't', 'r', 'p', now() from generate_series(1, 7);
          insert into connection_event (id, tenant_key, device_key, client_id, kind, detail, count, at, minute)
@@ -138,6 +140,7 @@ async fn after_a_purge_no_table_of_the_schema_knows_the_device() {
     let report = report(&db, &told).await;
     let expected = [
         ("claim_request", 1),
+        ("command", 7),
         ("connection_event", 1),
         ("credential", 1),
         ("dead_letter", 7),

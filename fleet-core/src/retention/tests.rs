@@ -24,6 +24,7 @@ fn retention() -> Retention {
         dead_letter_max_rows: 1_000,
         connection_event_days: 30,
         connection_event_max_rows: 1_000,
+        command_days: 90,
         audit_days: 0,
         decommission_rows: 5_000,
     }
@@ -341,6 +342,7 @@ async fn what_is_kept_for_ever_is_never_dropped() {
         dead_letter_max_rows: i64::MAX,
         connection_event_days: u32::MAX,
         connection_event_max_rows: i64::MAX,
+        command_days: 90,
         audit_days: u32::MAX,
         decommission_rows: 5_000,
     };

@@ -11,7 +11,7 @@ use crate::testing::TestDb;
 const NOON: i64 = 1_763_722_800_000;
 
 fn settings() -> config::Shadow {
-    config::Shadow { max_bytes: 300, max_depth: 4, history_versions: 3, request_queue: 1 }
+    config::Shadow { max_bytes: 300, max_depth: 4, history_versions: 3, request_queue: 1, max_log_level_s: 60 }
 }
 
 fn members(value: Value) -> Document {

@@ -68,6 +68,8 @@ const ROWS: &str = "
          select key, 1, '{}', '{}', 'device', now() from device where tenant_key = $t;
     insert into log_level (device_key, level, until, set_by, set_at)
          select key, 'debug', now(), 'x', now() from device where tenant_key = $t;
+    insert into command (id, device_key, name, params, state, deadline, steps, created_by, created_at, updated_at)
+         select gen_random_uuid(), key, 'c', '{}', 'queued', now(), '[]', 'x', now(), now() from device where tenant_key = $t;
     insert into dispatch (device_key, kind, turn, at) select key, 'shadow', 1, now() from device where tenant_key = $t;
     insert into claim (id, tenant_key, name, secret_hash, approval, max_devices, created_by, created_at, expires_at)
          values (gen_random_uuid(), $t, 'c', convert_to('$n', 'UTF8'), 'auto', 1, gen_random_uuid(), now(), now());

@@ -40,13 +40,17 @@ impl Follow {
     }
 }
 
-fn line(n: usize) -> Value {
+fn line(n: usize, ts_ms: i64) -> Value {
     let level = if n.is_multiple_of(2) { "warn" } else { "info" };
-    json!({ "ts": 1_763_692_212_345_i64, "seq": n, "level": level, "target": "net.wifi", "message": format!("line {n}"), "fields": { "n": n } })
+    json!({ "ts": ts_ms, "seq": n, "level": level, "target": "net.wifi", "message": format!("line {n}"), "fields": { "n": n } })
 }
 
 async fn publish(mqtt: &mut Mqtt, device: &Device, n: usize) {
-    assert_eq!(mqtt.publish(&device.topic("logs"), line(n).to_string()).await, Answer::Success);
+    publish_at(mqtt, device, n, 1_763_692_212_345).await;
+}
+
+async fn publish_at(mqtt: &mut Mqtt, device: &Device, n: usize, ts_ms: i64) {
+    assert_eq!(mqtt.publish(&device.topic("logs"), line(n, ts_ms).to_string()).await, Answer::Success);
 }
 
 #[tokio::test]
@@ -88,6 +92,39 @@ async fn an_acknowledged_line_is_found_counted_and_printed() {
     let printed = String::from_utf8_lossy(&printed.stdout).into_owned();
     assert_eq!(printed.lines().count(), 2, "{printed}");
     assert!(printed.contains("INFO pump-7 net.wifi: line 9 n=9"), "{printed}");
+}
+
+#[tokio::test]
+async fn a_tail_outlives_the_server_and_loses_and_repeats_nothing() {
+    let mut fleet = Fleet::start().await;
+    let pump = fleet.enrol("pump-7").await;
+    let mut follow = Follow::start(&fleet, fleet.token(), &["--json"]).await;
+    let mut mqtt = fleet.connect(&pump).await;
+    // What is long past is kept no longer once the server starts anew.
+    let now_ms = chrono::Utc::now().timestamp_millis();
+    let mut seen = Vec::new();
+    for round in 0..3 {
+        for n in round * 100..(round + 1) * 100 {
+            publish_at(&mut mqtt, &pump, n, now_ms).await;
+        }
+        // Killed while lines are on their way to the terminal.
+        for _ in 0..50 {
+            seen.push(follow.line().await);
+        }
+        fleet.kill().await;
+        drop(mqtt);
+        fleet.start_again().await;
+        mqtt = fleet.connect(&pump).await;
+        publish_at(&mut mqtt, &pump, 1000 + round, now_ms).await;
+        while seen.len() < (round + 1) * 101 {
+            seen.push(follow.line().await);
+        }
+        assert!(follow.said().await.contains("trying again"));
+    }
+    let seen = seen.iter().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    let seen = seen.map(|line| line["seq"].as_u64().expect("a number")).collect::<Vec<_>>();
+    let round = |round: u64| (round * 100..(round + 1) * 100).chain([1000 + round]);
+    assert_eq!(seen, (0..3).flat_map(round).collect::<Vec<_>>());
 }
 
 #[tokio::test]

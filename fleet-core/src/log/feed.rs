@@ -215,6 +215,7 @@ async fn next_lines(db: &mut PgConnection, at: &Positions, last: &Positions) -> 
 struct Permit {
     shared: Arc<Shared>,
     user: UserId,
+    is_served: bool,
 }
 
 impl Permit {
@@ -228,14 +229,21 @@ impl Permit {
             return Err(Refused::FullOfUser);
         }
         *own += 1;
-        shared.metrics.tails.inc();
-        Ok(Self { shared: shared.clone(), user })
+        Ok(Self { shared: shared.clone(), user, is_served: false })
+    }
+
+    /// From here on what is committed is given.
+    fn serve(&mut self) {
+        self.is_served = true;
+        self.shared.metrics.tails.inc();
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.shared.metrics.tails.dec();
+        if self.is_served {
+            self.shared.metrics.tails.dec();
+        }
         let mut tails = self.shared.tails.lock();
         if let Some(own) = tails.get_mut(&self.user) {
             *own -= 1;

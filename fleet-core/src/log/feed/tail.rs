@@ -62,13 +62,14 @@ pub(super) async fn begin(
     shared: Arc<Shared>,
     chunks: broadcast::Receiver<Arc<Chunk>>,
     request: Request,
-    permit: Permit,
+    mut permit: Permit,
 ) -> Result<Reader> {
     let Request { principal, bearer, query, after } = request;
     let mut epoch = shared.epoch.subscribe();
     // Rights may have changed between the look at them and this moment.
     epoch.mark_changed();
     let (_, last) = look(&mut *shared.db.acquire().await?).await?;
+    permit.serve();
     let at = after.map_or_else(|| last.clone(), |after| after.within(&last));
     let bounds = Bounds { lines: shared.settings.tail_queue_lines, bytes: shared.settings.tail_queue_bytes };
     let (outbox, reader) = Outbox::new(bounds, permit);

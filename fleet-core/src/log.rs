@@ -15,7 +15,6 @@ pub mod pattern;
 pub mod query;
 mod rate;
 pub mod suppressed;
-mod surrounding;
 #[cfg(test)]
 mod tests;
 
@@ -29,7 +28,6 @@ use sqlx::PgConnection;
 pub use self::context::{Context, MAX_AROUND, context};
 pub use self::line::{Address, Line, Stretch};
 pub use self::rate::Rate;
-pub use self::surrounding::MAX_SURROUNDING;
 use crate::Result;
 use crate::clock::from_ms;
 use crate::id::DeviceKey;

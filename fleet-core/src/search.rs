@@ -1,7 +1,7 @@
 //! Search: lines found by what they say, counted over time, by value and by pattern.
 //!
 //! A [`Search`] asks the index what an [`Ask`] says, and answers with addresses and counts; [`fetch`] reads the lines themselves, and
-//! [`Line::surrounding`] those around one. Holds: the caller's [`Reach`] is part of every question, never a filter on its answer; an
+//! [`crate::log::context`] those around one. Holds: the caller's [`Reach`] is part of every question, never a filter on its answer; an
 //! answer comes within `search.timeout_ms` or not at all, and no more than `search.concurrent` are worked on at once. Ignorant of: HTTP,
 //! who calls.
 

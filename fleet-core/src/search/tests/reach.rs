@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::super::*;
 use super::fixture::{Built, NOW, Spec, TENANT, ask};
-use crate::log::{Batch, Limits, insert_batch, prepare};
+use crate::log::{Batch, Limits, context, insert_batch, prepare};
 use crate::telemetry::fixture::enrol;
 use crate::tenancy::{self, Bounds};
 use crate::testing::TestDb;
@@ -121,8 +121,9 @@ async fn lines_are_read_back_as_far_as_the_transaction_sees() {
         top.name_devices(&mut tx, db.tenant()).await.unwrap();
         let names = top.values.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>();
         assert_eq!(names, ["pump-1", "fan-1"][..sees]);
-        let around = Line::surrounding(&mut tx, keys[0], (NOW, 1), 9, 2).await.unwrap();
-        let around = around.iter().map(|line| line.message.as_str()).collect::<Vec<_>>();
+        let around = context(&mut tx, keys[0], (NOW, 1), 9, 2).await.unwrap();
+        let around = around.iter().flat_map(|found| found.before.iter().chain([&found.line]).chain(&found.after));
+        let around = around.map(|line| line.message.as_str()).collect::<Vec<_>>();
         let wanted = ["line 0", "line 1", "line 2", "line 3"];
         assert_eq!(around, wanted[..if sees > 0 { 4 } else { 0 }]);
     }

@@ -12,7 +12,8 @@ pub struct Counters {
     pub online: AtomicU64,
     /// Distinct readings handed to the network.
     pub sent: AtomicU64,
-    /// Readings and lines handed to the network again because a connection ended before their acknowledgement.
+    /// Readings and lines handed to the network again, because a connection ended before their acknowledgement or
+    /// because somebody had asked for them.
     pub resent: AtomicU64,
     /// Readings sent again after their acknowledgement, on purpose.
     pub duplicates: AtomicU64,
@@ -22,6 +23,10 @@ pub struct Counters {
     pub lines_sent: AtomicU64,
     /// Distinct log lines acknowledged.
     pub lines_acknowledged: AtomicU64,
+    /// Log lines acknowledged that were sent because somebody had asked for them.
+    pub lines_uploaded: AtomicU64,
+    /// Requests that were answered: commands, and what is desired of a shadow.
+    pub answers: AtomicU64,
     /// Readings and lines a device did not take because its memory was full.
     pub skipped: AtomicU64,
     /// Connections cut on purpose.

@@ -1,9 +1,11 @@
 //! One honest device.
 //!
 //! Holds: every reading is taken and every log line written on schedule whether or not there is a connection, and is kept until the
-//! server acknowledges it; after any failure it is sent again, the same. So nothing is lost when the server is killed.
+//! server acknowledges it; after any failure it is sent again, the same. So nothing is lost when the server is killed. What it is asked
+//! to do, it does ([`Memory`]), and answers; its answers are kept likewise.
 //! Bounds: [`Setup::backlog`] readings in memory (further ones are not taken, and counted), [`link::WINDOW`] on the wire.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::{Arc, OnceLock};
@@ -21,6 +23,7 @@ use crate::counters::{self, Counters, Online};
 use crate::ledger::{Acknowledged, Entry};
 use crate::line::Author;
 use crate::link::{self, Happened, Version};
+use crate::obey::{Memory, Reply};
 use crate::reading::{Kind, Purpose, Reading, Sampler, randomness};
 use crate::rest::Credential;
 use crate::scenario::Faults;
@@ -52,6 +55,8 @@ pub(crate) struct Setup {
     pub(crate) finished: Arc<OnceLock<Instant>>,
     /// Most unacknowledged readings a device keeps.
     pub(crate) backlog: usize,
+    /// Most log lines a device keeps, sent or not.
+    pub(crate) kept_lines: usize,
     pub(crate) faults: Faults,
     /// From one cut connection of a device to the next, on average.
     pub(crate) cut_every: Option<Duration>,
@@ -75,6 +80,7 @@ pub(crate) struct Device {
     birth: Bytes,
     sampler: Sampler,
     author: Author,
+    memory: Memory,
     rng: ChaCha8Rng,
     /// Readings whose time has come, counted from the start.
     taken: u32,
@@ -84,12 +90,15 @@ pub(crate) struct Device {
     /// Held back until the reading with that number has been taken.
     late: Vec<(u64, Reading)>,
     waiting: VecDeque<Reading>,
+    replies: VecDeque<Reply>,
     /// Readings on the wire; here for the bound on memory.
     flying: usize,
     attempts: u32,
 }
 
 struct Topics {
+    /// The device's own, with a slash at its end.
+    base: String,
     status: String,
     telemetry: String,
     logs: String,
@@ -111,13 +120,15 @@ enum Publish {
     Farewell,
     Reading(Reading),
     Duplicate,
+    Reply(Reply),
 }
 
 impl Device {
     pub(crate) fn new(index: u32, offset: Duration, id: &str, credential: Credential, setup: Arc<Setup>) -> Self {
         let tenant = credential.username.split('/').next().unwrap_or_default();
         let topic = |kind: &str| format!("fleet/v1/{tenant}/{id}/{kind}");
-        let topic = Topics { status: topic("status"), telemetry: topic("telemetry"), logs: topic("logs") };
+        let topic =
+            Topics { base: topic(""), status: topic("status"), telemetry: topic("telemetry"), logs: topic("logs") };
         let options = link::Options {
             host: setup.host.clone(),
             port: setup.port,
@@ -137,12 +148,14 @@ impl Device {
             birth: format!(r#"{{"state":"online","boot_id":"{boot_id}","firmware":"{FIRMWARE}"}}"#).into(),
             sampler: Sampler::new(setup.seed, index, setup.payload_bytes),
             author: Author::new(setup.seed, index),
+            memory: Memory::new(setup.kept_lines),
             rng: randomness(setup.seed, index, Purpose::Faults),
             taken: 0,
             written: 0,
             offset,
             late: Vec::new(),
             waiting: VecDeque::new(),
+            replies: VecDeque::new(),
             flying: 0,
             attempts: 0,
             setup,
@@ -241,8 +254,10 @@ impl Device {
         while let Some(due) = self.next_line().filter(|due| *due <= now) {
             self.written += 1;
             if let Some(ts_ms) = self.room_at(due) {
-                let line = self.author.write(ts_ms);
-                self.waiting.push_back(line);
+                let (level, line) = self.author.write(ts_ms);
+                if self.memory.keep(level, &line) {
+                    self.waiting.push_back(line);
+                }
             }
         }
         while let Some(due) = self.next_reading().filter(|due| *due <= now) {
@@ -334,7 +349,9 @@ impl<'a> Connection<'a> {
 
     fn fill(&mut self) -> ControlFlow<Ended> {
         while self.handed.len() + self.on_wire.len() < link::WINDOW {
-            if let Some(reading) = self.device.waiting.pop_front() {
+            if let Some(reply) = self.device.replies.pop_front() {
+                self.publish(Publish::Reply(reply))?;
+            } else if let Some(reading) = self.device.waiting.pop_front() {
                 self.device.flying += 1;
                 self.publish(Publish::Reading(reading))?;
             } else if let Some(payload) = self.duplicates.pop_front() {
@@ -354,7 +371,7 @@ impl<'a> Connection<'a> {
             Publish::Farewell => self.hand(Publish::Farewell, Bytes::from_static(FAREWELL.as_bytes())),
             Publish::Reading(mut reading) => {
                 counters::add(match (reading.first_sent, reading.kind) {
-                    (Some(_), _) => &counters.resent,
+                    (Some(_), _) | (None, Kind::Uploaded(_)) => &counters.resent,
                     (None, Kind::Reading) => &counters.sent,
                     (None, Kind::Line) => &counters.lines_sent,
                 });
@@ -362,17 +379,23 @@ impl<'a> Connection<'a> {
                 let payload = reading.payload.clone();
                 self.hand(Publish::Reading(reading), payload)
             }
+            Publish::Reply(reply) => {
+                let payload = reply.payload.clone();
+                self.hand(Publish::Reply(reply), payload)
+            }
             Publish::Duplicate => ControlFlow::Continue(()),
         }
     }
 
     fn hand(&mut self, what: Publish, payload: Bytes) -> ControlFlow<Ended> {
-        let (topic, retain) = match what {
-            Publish::Status | Publish::Farewell => (&self.device.topic.status, true),
-            Publish::Reading(Reading { kind: Kind::Line, .. }) => (&self.device.topic.logs, false),
-            Publish::Reading(_) | Publish::Duplicate => (&self.device.topic.telemetry, false),
+        let topics = &self.device.topic;
+        let (topic, retain) = match &what {
+            Publish::Status | Publish::Farewell => (Cow::Borrowed(topics.status.as_str()), true),
+            Publish::Reading(Reading { kind: Kind::Line | Kind::Uploaded(_), .. }) => ((&*topics.logs).into(), false),
+            Publish::Reading(_) | Publish::Duplicate => ((&*topics.telemetry).into(), false),
+            Publish::Reply(reply) => (format!("{}{}", topics.base, reply.topic).into(), false),
         };
-        let handed = self.sender.publish(topic, retain, payload);
+        let handed = self.sender.publish(&topic, retain, payload);
         // Before anything else, so that the reading goes back to the device if the connection ends here.
         self.handed.push_back(what);
         if handed { ControlFlow::Continue(()) } else { ControlFlow::Break(Ended::Failed) }
@@ -384,7 +407,10 @@ impl<'a> Connection<'a> {
                 self.permit = None;
                 self.device.attempts = 0;
                 self.online = Some(Online::new(&self.device.setup.counters));
-                self.publish(Publish::Status)
+                self.publish(Publish::Status)?;
+                let asks = ["commands/+/request", "shadow/update/delta"];
+                let asks = asks.map(|topic| format!("{}{topic}", self.device.topic.base));
+                if self.sender.subscribe(asks) { ControlFlow::Continue(()) } else { ControlFlow::Break(Ended::Failed) }
             }
             Happened::Sent(id) => {
                 if let Some(publish) = self.handed.pop_front() {
@@ -396,8 +422,20 @@ impl<'a> Connection<'a> {
                 Some(Publish::Reading(reading)) => self.acknowledged(reading).await,
                 Some(Publish::Farewell) if self.sender.disconnect() => ControlFlow::Continue(()),
                 Some(Publish::Farewell) => ControlFlow::Break(Ended::Finished),
+                Some(Publish::Reply(_)) => {
+                    counters::add(&self.device.setup.counters.answers);
+                    ControlFlow::Continue(())
+                }
                 Some(Publish::Status | Publish::Duplicate) | None => ControlFlow::Continue(()),
             },
+            Happened::Came { topic, payload } => {
+                if let Some(topic) = topic.strip_prefix(&self.device.topic.base) {
+                    let done = self.device.memory.take(topic, &payload);
+                    self.device.replies.extend(done.reply);
+                    self.device.waiting.extend(done.lines);
+                }
+                ControlFlow::Continue(())
+            }
             Happened::Refused(reason) => {
                 counters::add(&self.device.setup.counters.refused);
                 self.device.setup.counters.failed(&reason);
@@ -411,9 +449,17 @@ impl<'a> Connection<'a> {
     async fn acknowledged(&mut self, reading: Reading) -> ControlFlow<Ended> {
         self.device.flying -= 1;
         let setup = &self.device.setup;
-        if reading.kind == Kind::Line {
-            counters::add(&setup.counters.lines_acknowledged);
-            return ControlFlow::Continue(());
+        match reading.kind {
+            Kind::Reading => {}
+            Kind::Line => {
+                counters::add(&setup.counters.lines_acknowledged);
+                return ControlFlow::Continue(());
+            }
+            Kind::Uploaded(upload) => {
+                counters::add(&setup.counters.lines_uploaded);
+                self.device.replies.extend(self.device.memory.acknowledged(upload));
+                return ControlFlow::Continue(());
+            }
         }
         counters::add(&setup.counters.acknowledged);
         if let Some(sent) = reading.first_sent {
@@ -437,12 +483,14 @@ impl<'a> Connection<'a> {
 impl Drop for Connection<'_> {
     fn drop(&mut self) {
         let unacknowledged = self.handed.drain(..).chain(self.on_wire.drain().map(|(_, publish)| publish));
-        let mut readings: Vec<_> = unacknowledged
-            .filter_map(|publish| match publish {
-                Publish::Reading(reading) => Some(reading),
-                Publish::Status | Publish::Farewell | Publish::Duplicate => None,
-            })
-            .collect();
+        let mut readings = Vec::new();
+        for publish in unacknowledged {
+            match publish {
+                Publish::Reading(reading) => readings.push(reading),
+                Publish::Reply(reply) => self.device.replies.push_front(reply),
+                Publish::Status | Publish::Farewell | Publish::Duplicate => {}
+            }
+        }
         readings.sort_unstable_by_key(|reading| std::cmp::Reverse(reading.seq));
         for reading in readings {
             self.device.waiting.push_front(reading);

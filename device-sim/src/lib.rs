@@ -6,6 +6,7 @@
 //! | one honest device: it keeps a reading until it is acknowledged | `device` |
 //! | what a device measures, reproducible from a seed | `reading` |
 //! | what it logs, likewise | `line` |
+//! | what it does that it is asked to: a log level, commands | `obey` |
 //! | one MQTT connection, 3.1.1 or 5 | `link` |
 //! | what was acknowledged, compared with what REST finds | [`ledger`] |
 //! | the REST calls a fleet needs | [`rest`] |
@@ -22,6 +23,7 @@ pub mod latency;
 pub mod ledger;
 mod line;
 mod link;
+mod obey;
 mod reading;
 pub mod rest;
 pub mod scenario;

@@ -50,6 +50,8 @@ pub(crate) enum Happened {
     Acknowledged(u16),
     /// PUBACK with a reason code of 0x80 or above.
     Refused(String),
+    /// A message for the device.
+    Came { topic: String, payload: Bytes },
     /// DISCONNECT is on the wire.
     Disconnected,
     /// Pings and the like.
@@ -72,6 +74,21 @@ impl Sender {
         match self {
             Self::V3(client) => client.try_publish(topic, rumqttc::QoS::AtLeastOnce, retain, payload).is_ok(),
             Self::V5(client) => client.try_publish(topic, v5::mqttbytes::QoS::AtLeastOnce, retain, payload).is_ok(),
+        }
+    }
+
+    /// Hands over a SUBSCRIBE at QoS 1; false when there is no room.
+    #[must_use]
+    pub(crate) fn subscribe<const N: usize>(&self, filters: [String; N]) -> bool {
+        match self {
+            Self::V3(client) => {
+                let filters = filters.map(|path| rumqttc::SubscribeFilter::new(path, rumqttc::QoS::AtLeastOnce));
+                client.try_subscribe_many(filters).is_ok()
+            }
+            Self::V5(client) => {
+                use v5::mqttbytes::{QoS, v5::Filter};
+                client.try_subscribe_many(filters.map(|path| Filter::new(path, QoS::AtLeastOnce))).is_ok()
+            }
         }
     }
 
@@ -116,6 +133,7 @@ fn happened_v3(event: rumqttc::Event) -> Happened {
     match event {
         Event::Incoming(Packet::ConnAck(_)) => Happened::Connected,
         Event::Incoming(Packet::PubAck(ack)) => Happened::Acknowledged(ack.pkid),
+        Event::Incoming(Packet::Publish(publish)) => Happened::Came { topic: publish.topic, payload: publish.payload },
         Event::Outgoing(outgoing) => went_out(&outgoing),
         Event::Incoming(_) => Happened::Other,
     }
@@ -151,6 +169,9 @@ fn happened_v5(event: v5::Event) -> Happened {
                 Happened::Refused(format!("PUBACK {reason:?} {text}").trim_end().to_owned())
             }
         },
+        v5::Event::Incoming(Packet::Publish(publish)) => {
+            Happened::Came { topic: String::from_utf8_lossy(&publish.topic).into_owned(), payload: publish.payload }
+        }
         v5::Event::Outgoing(outgoing) => went_out(&outgoing),
         v5::Event::Incoming(_) => Happened::Other,
     }

@@ -42,6 +42,8 @@ pub(crate) enum Kind {
     Reading,
     /// A log line.
     Line,
+    /// A log line once more, for the upload of that number.
+    Uploaded(u64),
 }
 
 /// One reading or log line, kept as it goes over the wire so that sending it again sends the same.

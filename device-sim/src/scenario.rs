@@ -2,8 +2,8 @@
 //!
 //! [`Scenario::run`] is a whole test with the ledger at its end; [`Simulation`] is a fleet that goes on until it is
 //! stopped. Both are reproducible from a seed but for the clock.
-//! Bounds: [`MAX_DEVICES`], [`MAX_RATE`], [`MAX_PAYLOAD_BYTES`], [`ledger::MAX_ENTRIES`] readings in a run, and
-//! [`BACKLOG_BYTES`] of unacknowledged readings.
+//! Bounds: [`MAX_DEVICES`], [`MAX_RATE`], [`MAX_PAYLOAD_BYTES`], [`ledger::MAX_ENTRIES`] readings in a run,
+//! [`BACKLOG_BYTES`] of unacknowledged readings, and [`KEPT_LINES_BYTES`] of log lines.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -22,6 +22,7 @@ use crate::counters::{Counters, get};
 use crate::device::{Device, Setup};
 use crate::error::{Error, Result};
 use crate::ledger::{self, Acknowledged, Ledger, Recorder, Verdict};
+use crate::line::Level;
 use crate::rest::{Access, Client, Credential};
 
 /// Most devices in one process; each needs a file descriptor.
@@ -36,6 +37,12 @@ pub const MAX_DURATION: Duration = Duration::from_hours(7 * 24);
 pub const BACKLOG_BYTES: usize = 64 << 20;
 /// After its end a run waits so long for acknowledgements.
 pub const DRAIN: Duration = Duration::from_secs(30);
+/// Log lines kept by all devices together, sent or not, in bytes of payload.
+pub const KEPT_LINES_BYTES: usize = 128 << 20;
+/// Fewest and most log lines a device keeps.
+const KEPT_LINES: (usize, usize) = (16, 2000);
+/// About what a line takes.
+const LINE_BYTES: usize = 256;
 /// Fewest and most unacknowledged readings a device keeps.
 const BACKLOG: (usize, usize) = (32, 4096);
 /// From one log line of a device to the next, at the most: later is never.
@@ -60,7 +67,8 @@ pub struct Scenario {
     pub devices: u32,
     /// Readings a second of all devices together, above 0 and up to [`MAX_RATE`].
     pub rate: f64,
-    /// Log lines a second of all devices together, 0 to [`MAX_RATE`].
+    /// Log lines a second of all devices together, 0 to [`MAX_RATE`], while they log at level `info` and above, as they do unless told
+    /// otherwise; what they write below that stays with them.
     pub log_rate: f64,
     /// For how long readings are taken, up to [`MAX_DURATION`]; a [`Simulation`] ignores it.
     pub duration: Duration,
@@ -444,7 +452,7 @@ impl Fleet {
             payload_bytes: scenario.payload_bytes,
             interval: Duration::from_secs_f64(f64::from(scenario.devices) / scenario.rate),
             line_interval: (scenario.log_rate > 0.0).then(|| {
-                Duration::try_from_secs_f64(f64::from(scenario.devices) / scenario.log_rate)
+                Duration::try_from_secs_f64(f64::from(scenario.devices) / scenario.log_rate * Level::Info.share())
                     .unwrap_or(LONGEST_INTERVAL)
                     .min(LONGEST_INTERVAL)
             }),
@@ -454,6 +462,7 @@ impl Fleet {
             finished: finished.clone(),
             backlog: (BACKLOG_BYTES / scenario.payload_bytes.max(128) / credentials.len().max(1))
                 .clamp(BACKLOG.0, BACKLOG.1),
+            kept_lines: (KEPT_LINES_BYTES / LINE_BYTES / credentials.len().max(1)).clamp(KEPT_LINES.0, KEPT_LINES.1),
             faults: scenario.faults,
             cut_every: cut_every(scenario),
             counters: counters.clone(),

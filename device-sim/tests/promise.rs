@@ -93,6 +93,11 @@ impl Server {
                     let ack: &[u8] = if refused { &[0x40, 3, id[0], id[1], 0x87] } else { &[0x40, 2, id[0], id[1]] };
                     socket.write_all(ack).await.ok()?;
                 }
+                0x80 => {
+                    let codes: &[u8] = if version == 5 { &[0, 1, 1] } else { &[1, 1] };
+                    let header = [0x90, 2 + u8::try_from(codes.len()).unwrap(), body[0], body[1]];
+                    socket.write_all(&[&header, codes].concat()).await.ok()?;
+                }
                 0xc0 => socket.write_all(&[0xd0, 0]).await.ok()?,
                 0xe0 => return None,
                 other => panic!("a device does not send {other:#x}"),

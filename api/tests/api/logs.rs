@@ -13,7 +13,7 @@ use crate::harness::{Api, Ask, NOON_MS, Setup, escaped};
 
 const TAIL: &str = "/api/v1/logs/tail";
 /// Longest wait for what must come.
-const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 /// Stores lines of a device in one transaction, as the broker does.
 pub(crate) async fn write(api: &Api, device: &str, lines: &[Value]) {
@@ -38,33 +38,45 @@ pub(crate) fn line(n: i64) -> Value {
 
 /// An event as it was sent.
 #[derive(Debug, Default, PartialEq)]
-struct Event {
+pub(crate) struct Event {
     name: String,
     id: String,
-    data: Value,
+    pub(crate) data: Value,
 }
 
 /// Server-sent events as they come.
-struct Events {
+pub(crate) struct Events {
     body: BodyDataStream,
     text: String,
+    /// Behind which event they began.
+    pub(crate) began: String,
+    /// The first of them, where it was a line already.
+    first: Option<Event>,
 }
 
 impl Events {
-    async fn open(ask: Ask<'_>) -> Self {
+    pub(crate) async fn open(ask: Ask<'_>) -> Self {
         let response = ask.open().await;
         assert_eq!(response.status().as_u16(), 200);
         let header = |name: &str| response.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
         assert_eq!(header("content-type").as_deref(), Some("text/event-stream"));
         assert_eq!((header("x-accel-buffering").as_deref(), header("content-encoding")), (Some("no"), None));
         assert_eq!(header("cache-control").as_deref(), Some("no-store"));
-        let mut events = Self { body: response.into_body().into_data_stream(), text: String::new() };
-        assert!(!events.event().await.unwrap().id.is_empty(), "it is said at once where to go on");
+        let (body, text, began) = (response.into_body().into_data_stream(), String::new(), String::new());
+        let mut events = Self { body, text, began, first: None };
+        let first = events.event().await.unwrap();
+        assert!(!first.id.is_empty(), "it is said at once where to go on");
+        first.id.clone_into(&mut events.began);
+        // One that goes on further back may have found a line by then.
+        events.first = Some(first).filter(|first| !first.name.is_empty());
         events
     }
 
     /// The next event, also one without data; `None` when they have ended.
     async fn event(&mut self) -> Option<Event> {
+        if let Some(first) = self.first.take() {
+            return Some(first);
+        }
         loop {
             if let Some((event, rest)) = self.text.split_once("\n\n") {
                 let (event, rest) = (read(event), rest.to_owned());
@@ -86,7 +98,7 @@ impl Events {
         }
     }
 
-    async fn line(&mut self) -> Event {
+    pub(crate) async fn line(&mut self) -> Event {
         let event = self.next().await;
         assert_eq!(event.name, "line", "{event:?}");
         event

@@ -1,5 +1,8 @@
-//! One policy, four uses: for random roles and bindings the answer of a route, the rows of a query, what a selector finds and
-//! what is allowed on topics are compared with an evaluator that is written here, from the words of the reference alone.
+//! One policy, four uses: for random roles and bindings the answer of a route, the rows of a query, what a selector finds, what is
+//! allowed on topics and what is found of log lines ([`logs`]) are compared with an evaluator that is written here, from the words of
+//! the reference alone.
+
+mod logs;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -128,8 +131,15 @@ struct Role {
 
 impl Role {
     fn any(dice: &mut Dice, number: usize) -> Self {
-        let names =
-            ["devices:read", "telemetry:read", "credentials:manage", "commands:send", "access:manage", "audit:read"];
+        let names = [
+            "devices:read",
+            "telemetry:read",
+            "logs:read",
+            "credentials:manage",
+            "commands:send",
+            "access:manage",
+            "audit:read",
+        ];
         let permissions = names.into_iter().filter(|_| dice.below(5) < 2).collect();
         let mut maybe = |of: &[&'static str]| (dice.below(3) == 0).then(|| dice.pick(of));
         let (allows, denies) = (maybe(&["x", "telemetry"]), maybe(&["telemetry", "events", "x"]));
@@ -307,7 +317,7 @@ async fn topics_agree_with_what_was_written() {
             let guard = rules.delivery_guard(filter);
             rules.may_subscribe(filter) && guard.is_none_or(|guard| guard.allows(name))
         };
-        for below in ["telemetry", "events", "status", "x", "commands/1/request", "commands/1/response"] {
+        for below in ["telemetry", "events", "logs", "status", "x", "commands/1/request", "commands/1/response"] {
             let wide = format!("fleet/v1/main/+/{below}");
             for device in &world.devices {
                 let name = format!("fleet/v1/main/{}/{below}", device.id);

@@ -17,14 +17,14 @@ fn kills() -> usize {
 }
 
 /// Commits often, so that a kill falls on one.
-const BUSY: [(&str, &str); 4] = [
+pub(crate) const BUSY: [(&str, &str); 4] = [
     ("MUSTER__SEARCH__COMMIT_MS", "20"),
     ("MUSTER__SEARCH__POLL_MS", "5"),
     ("MUSTER__SEARCH__BATCH_LINES", "50"),
     ("MUSTER__SEARCH__MIN_FREE_BYTES", "0"),
 ];
 
-async fn index(fleet: &Fleet) -> Value {
+pub(crate) async fn index(fleet: &Fleet) -> Value {
     fleet.get("/api/v1/index").await
 }
 
@@ -33,7 +33,7 @@ async fn caught_up(fleet: &Fleet) -> Value {
     fleet.eventually(|| index(fleet), |index| index["state"] == "ok" && index["behind"] == 0).await
 }
 
-fn lines(index: &Value) -> u64 {
+pub(crate) fn lines(index: &Value) -> u64 {
     index["days"].as_array().into_iter().flatten().map(|day| day["lines"].as_u64().expect("a number")).sum()
 }
 
@@ -45,7 +45,7 @@ async fn work(fleet: &Fleet, task: &str) -> Vec<Value> {
     done["job"]["done"].as_array().expect("days").clone()
 }
 
-async fn stored(fleet: &Fleet) -> u64 {
+pub(crate) async fn stored(fleet: &Fleet) -> u64 {
     let count = sqlx::query_scalar::<_, i64>("select count(*) from log").fetch_one(fleet.db()).await;
     count.expect("the table is there").unsigned_abs()
 }
@@ -61,7 +61,7 @@ fn message(from: u64, count: u64) -> String {
 }
 
 /// Sends lines until the server is gone, or `most` messages were acknowledged; says how many lines were.
-async fn send(fleet: &Fleet, device: &Device, from: u64, most: u64) -> u64 {
+pub(crate) async fn send(fleet: &Fleet, device: &Device, from: u64, most: u64) -> u64 {
     let mut mqtt = fleet.connect(device).await;
     for nth in 0..most {
         mqtt.publish(&device.topic("logs"), message(from + nth * 10, 10)).await;
@@ -92,7 +92,7 @@ async fn whenever_it_is_killed_the_index_leads_to_what_was_stored_and_once() {
 }
 
 /// `muster index …` as the admin.
-async fn command(fleet: &Fleet, words: &[&str]) -> (Option<i32>, String) {
+pub(crate) async fn command(fleet: &Fleet, words: &[&str]) -> (Option<i32>, String) {
     let output = muster()
         .arg("index")
         .args(words)

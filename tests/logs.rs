@@ -2,6 +2,7 @@
 
 use std::process::Stdio;
 
+use fleet_core::clock::Clock;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, ChildStdout};
@@ -101,7 +102,7 @@ async fn a_tail_outlives_the_server_and_loses_and_repeats_nothing() {
     let mut follow = Follow::start(&fleet, fleet.token(), &["--json"]).await;
     let mut mqtt = fleet.connect(&pump).await;
     // What is long past is kept no longer once the server starts anew.
-    let now_ms = chrono::Utc::now().timestamp_millis();
+    let now_ms = Clock::system().now_ms();
     let mut seen = Vec::new();
     for round in 0..3 {
         for n in round * 100..(round + 1) * 100 {

@@ -11,6 +11,7 @@ mod crash;
 mod decommission;
 mod demo;
 mod foreign_clients;
+mod full_disk;
 mod fuzz;
 mod gateways;
 mod harness;

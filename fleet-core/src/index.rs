@@ -98,7 +98,7 @@ pub enum State {
     CatchingUp,
     /// A day could not be read, and is made anew.
     Rebuilding,
-    /// There is less room on the disk than `search.min_free_bytes`. It goes on by itself when there is more.
+    /// There is no room on the disk, or less than `search.min_free_bytes`. It goes on by itself when there is more.
     DiskFull,
     /// It cannot go on, and tries again and again.
     Failing(String),
@@ -122,7 +122,7 @@ impl State {
     /// Why it cannot go on.
     pub fn reason(&self) -> Option<&str> {
         match self {
-            Self::DiskFull => Some("there is less room on the disk than search.min_free_bytes"),
+            Self::DiskFull => Some("there is no room on the disk, or less than search.min_free_bytes"),
             Self::Failing(reason) => Some(reason),
             _ => None,
         }

@@ -154,7 +154,8 @@ impl<'a> Follower<'a> {
 
     async fn work(&mut self) -> Result<Round> {
         let round = self.round().await?;
-        if self.is_commit_due().await {
+        let is_committed = self.is_commit_due().await;
+        if is_committed {
             self.index.commit().await?;
             self.waits_since = None;
         }
@@ -165,6 +166,8 @@ impl<'a> Follower<'a> {
         let behind = self.index.inner.metrics.behind.get();
         match self.index.state() {
             State::Ok if behind <= BEHIND_LINES => {}
+            // What failed is over when something was written.
+            State::DiskFull | State::Failing(_) if round.is_behind && !is_committed => {}
             _ if round.is_behind => self.index.set_state(State::CatchingUp),
             _ => {
                 self.index.commit().await?;

@@ -1,12 +1,15 @@
 //! What a device is to do: ordered over REST, sent over MQTT, acknowledged, answered; through kills, deadlines, scopes and tenants.
 
+use std::process::Stdio;
 use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use rumqttc::v5::mqttbytes::v5::PubAckReason;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
+use tokio::process::Command;
 
+use crate::foreign_clients::{python, said};
 use crate::harness::client::Client;
 use crate::harness::packet::{Connect, Property, Publish};
 use crate::harness::raw::Version::V5;
@@ -219,10 +222,18 @@ async fn a_device_uploads_older_lines_when_it_is_asked_to() {
         json!({ "from": 2, "to": 1 }),
         json!({ "level": "loud" }),
         json!({ "from": "2", "to": "1" }),
+        json!({ "from": "yesterday" }),
         json!({ "max_lines": 0 }),
     ] {
         assert_eq!(fleet.call(Method::POST, path, Some(wrong.clone())).await.0, StatusCode::BAD_REQUEST, "{wrong}");
     }
+    let recent = fleet.make(path, json!({ "from": "now-1h", "to": "now" })).await;
+    let (_, payload) = client.message().await;
+    let params = serde_json::from_str::<Value>(&payload).expect("JSON")["params"].clone();
+    let span = params["to"].as_i64().expect("a time") - params["from"].as_i64().expect("a time");
+    assert!((3_600_000..3_601_000).contains(&span), "{params}");
+    let cancel = format!("/api/v1/commands/{}/cancel", recent["id"].as_str().expect("an id"));
+    assert_eq!(fleet.call(Method::POST, &cancel, None).await.0, StatusCode::OK);
     let filter = json!({ "from": "2025-11-21T12:00:00Z", "level": "debug", "contains": "wifi", "max_lines": 10, "timeout": "1m" });
     let made = fleet.make(path, filter).await;
     let id = made["id"].as_str().expect("an id");
@@ -249,4 +260,37 @@ async fn a_device_uploads_older_lines_when_it_is_asked_to() {
     let stored: i64 = sqlx::query_scalar("select count(*) from log").fetch_one(fleet.db()).await.expect("rows");
     assert_eq!(stored, 2);
     assert!(client.message_within(Duration::from_millis(200)).await.is_none(), "it is not sent again");
+}
+
+#[tokio::test]
+async fn paho_obeys_in_both_versions() {
+    let fleet = Fleet::start().await;
+    let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/paho_commands.py");
+    for (id, version) in [("boiler-1", "311"), ("boiler-2", "5")] {
+        let device = fleet.enrol(id).await;
+        let mut ids = Vec::new();
+        // One waits for the device, the others are ordered while it obeys.
+        ids.push(order(&fleet, &device, json!({ "name": "ping" })).await);
+        let address = fleet.mqtt_addr();
+        let child = Command::new(python())
+            .arg(&script)
+            .args([&address.ip().to_string(), &address.port().to_string()])
+            .args([&device.username, &device.password, &device.id, version, "3"])
+            .kill_on_drop(true)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("`make setup` installs the test clients");
+        until(&fleet, &ids[0], "succeeded").await;
+        ids.push(order(&fleet, &device, json!({ "name": "blink", "params": { "times": 4 } })).await);
+        ids.push(order(&fleet, &device, json!({ "name": "explode" })).await);
+        let done = said(child).await;
+        assert_eq!(done.iter().map(|fact| &fact["does"]).collect::<Vec<_>>(), ["ping", "blink", "explode"]);
+        // It ended once its answers were acknowledged: they are known.
+        let blinked = read(&fleet, &ids[1]).await;
+        assert_eq!((&blinked["state"], &blinked["result"]["blinked"]), (&json!("succeeded"), &json!(4)), "{blinked}");
+        assert!(states(&blinked).contains(&"in_progress") && blinked["progress"] == 100.0, "{blinked}");
+        let refused = read(&fleet, &ids[2]).await;
+        assert_eq!((&refused["state"], &refused["error"]), (&json!("rejected"), &json!("expected ping or blink")));
+    }
 }

@@ -84,7 +84,7 @@ fn as_device(device: &Device) -> (&str, &str, &str) {
 }
 
 /// What a program says, a JSON object a line, until it ends well.
-async fn said(mut child: Child) -> Vec<Value> {
+pub(crate) async fn said(mut child: Child) -> Vec<Value> {
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
     let all = async {
         let mut all = Vec::new();

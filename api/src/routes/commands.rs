@@ -12,6 +12,7 @@ use fleet_core::command::{self, Command, MAX_PAGE, Name, New};
 use fleet_core::device;
 use fleet_core::id::{CommandId, DeviceId};
 use fleet_core::level::Level;
+use fleet_core::query;
 use fleet_core::shadow::Document as Members;
 use fleet_core::status::{self, DeviceStatus};
 use serde::{Deserialize, Serialize};
@@ -178,7 +179,8 @@ pub(crate) async fn send(
 #[derive(Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct UploadLogs {
-    /// From when on: RFC 3339, or milliseconds since the epoch.
+    /// From when on: RFC 3339, a day, such as `now-1h`, or milliseconds since the epoch.
+    #[schema(example = "now-1h")]
     from: Option<String>,
     /// Until when.
     to: Option<String>,
@@ -197,13 +199,13 @@ pub(crate) struct UploadLogs {
 }
 
 impl UploadLogs {
-    fn params(&self) -> Result<Members, Problem> {
-        let moment = |field: &'static str, text: &Option<String>| match text {
-            Some(text) => {
-                let moment = text.parse::<Moment>().map_err(|expected| Problem::field(field, expected))?;
-                Ok::<_, Problem>(Some(moment.0.timestamp_millis()))
-            }
-            None => Ok(None),
+    fn params(&self, now: DateTime<Utc>) -> Result<Members, Problem> {
+        let moment = |field: &'static str, text: &Option<String>| {
+            let Some(text) = text else { return Ok(None) };
+            let plain = text.parse::<Moment>().ok().map(|moment| moment.0.timestamp_millis());
+            let relative = || query::time(text, now).map(|(start, _)| start).filter(|at| time::RANGE_MS.contains(at));
+            let expected = || Problem::field(field, format!("expected {}, or milliseconds since the epoch", query::A_TIME));
+            plain.or_else(relative).map(Some).ok_or_else(expected)
         };
         let (from, to) = (moment("from", &self.from)?, moment("to", &self.to)?);
         if let (Some(from), Some(to)) = (from, to)
@@ -251,7 +253,7 @@ pub(crate) async fn upload_logs(
 ) -> Result<Response, Problem> {
     let deadline = deadline(request.deadline.as_deref(), request.timeout.as_deref(), &app)?;
     let name = Name::from_str("log.upload")?;
-    let new = New { name, params: request.params()?, deadline };
+    let new = New { name, params: request.params(app.clock.now())?, deadline };
     order(&app, &caller, &id, once, &request, &new).await
 }
 

@@ -204,7 +204,8 @@ impl UploadLogs {
             let Some(text) = text else { return Ok(None) };
             let plain = text.parse::<Moment>().ok().map(|moment| moment.0.timestamp_millis());
             let relative = || query::time(text, now).map(|(start, _)| start).filter(|at| time::RANGE_MS.contains(at));
-            let expected = || Problem::field(field, format!("expected {}, or milliseconds since the epoch", query::A_TIME));
+            let expected =
+                || Problem::field(field, format!("expected {}, or milliseconds since the epoch", query::A_TIME));
             plain.or_else(relative).map(Some).ok_or_else(expected)
         };
         let (from, to) = (moment("from", &self.from)?, moment("to", &self.to)?);

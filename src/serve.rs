@@ -271,7 +271,7 @@ fn start_http(
         None => Health::new(),
     };
     let app = App::new(database.pool().clone(), clock.clone(), keys, pki, registry.clone(), config, health)?
-        .with_index(index.clone());
+        .with_index(index.clone())?;
     let address = listener.local_addr()?;
     let listener = listener.tap_io(|socket| {
         // What a client is told is small and must not wait for more.

@@ -118,11 +118,13 @@ impl App {
     }
 
     /// Lets log lines be searched.
-    #[must_use]
-    pub fn with_index(self, index: Index) -> Self {
+    ///
+    /// # Errors
+    /// The threads that search cannot be started.
+    pub fn with_index(self, index: Index) -> fleet_core::Result<Self> {
         let (settings, metrics) = &*self.searching;
-        let search = Search::new(index.clone(), settings, metrics.clone());
-        Self { index: Some(index), search: Some(search), ..self }
+        let search = Search::new(index.clone(), settings, metrics.clone())?;
+        Ok(Self { index: Some(index), search: Some(search), ..self })
     }
 
     /// The index, where this process keeps one.

@@ -128,7 +128,7 @@ impl Stage {
 
     /// Lines into rows, beside readings by the same path.
     async fn keep(&mut self, plan: Plan) -> anyhow::Result<()> {
-        let readings = writers::write(&self.options, self.tenant, &self.clock, 400_000).await?;
+        let readings = writers::write(&self.options, self.tenant, &self.clock, plan.lines).await?;
         self.pool.execute("truncate telemetry").await?;
         self.pool.execute("checkpoint").await?;
         // Of yesterday: a day that is over.
@@ -193,7 +193,7 @@ impl Stage {
             Some(theirs),
             Some(Wanted::AtMost(100.0)),
         );
-        Ok(Search::new(index, &settings, Metrics::register(&prometheus::Registry::new())?))
+        Ok(Search::new(index, &settings, Metrics::register(&prometheus::Registry::new())?)?)
     }
 
     async fn ask_both(&mut self, search: &Search, plan: Plan) -> anyhow::Result<()> {

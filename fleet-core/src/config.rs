@@ -21,6 +21,8 @@ pub const DEFAULTS: &str = include_str!("../../config/muster.toml");
 
 /// What the writer of an index can work with.
 const MIN_WRITER_BYTES: usize = 16 * 1024 * 1024;
+/// Most threads of one kind; tantivy gives an index no more than eight.
+const MAX_SEARCH_THREADS: usize = 8;
 const MAX_WRITER_BYTES: usize = 4_000_000_000;
 
 /// All settings. Each field is explained in `config/muster.toml`.
@@ -466,9 +468,11 @@ pub struct Search {
     pub batch_lines: usize,
     pub open_days: usize,
     pub writer_bytes: usize,
+    pub writer_threads: usize,
     pub max_columns: usize,
     pub min_free_bytes: u64,
     pub concurrent: usize,
+    pub threads: usize,
     pub timeout_ms: u64,
 }
 
@@ -478,8 +482,13 @@ impl Search {
         if self.dir == "auto" { data_dir.join("search") } else { PathBuf::from(&self.dir) }
     }
 
-    fn rules(&self) -> [(bool, &'static str); 5] {
+    fn rules(&self) -> [(bool, &'static str); 6] {
         [
+            (
+                (1..=MAX_SEARCH_THREADS).contains(&self.threads)
+                    && (1..=MAX_SEARCH_THREADS).contains(&self.writer_threads),
+                "search.threads and search.writer_threads: expected 1 to 8",
+            ),
             (
                 self.concurrent > 0 && self.timeout_ms > 0,
                 "search.concurrent and search.timeout_ms: expected at least 1",

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use prometheus::{IntCounter, Registry};
 use sqlx::PgConnection;
+use tantivy::Executor;
 use tokio::sync::Semaphore;
 
 pub use self::highlight::{MAX_HIGHLIGHTS, highlights};
@@ -157,10 +158,16 @@ pub struct Search {
     metrics: Metrics,
 }
 
-#[derive(Debug)]
 struct Inner {
     index: Index,
     zones: ZoneCache,
+    threads: Executor,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner").field("index", &self.index).finish_non_exhaustive()
+    }
 }
 
 impl Inner {
@@ -171,13 +178,17 @@ impl Inner {
 
 impl Search {
     /// Of this index.
-    pub fn new(index: Index, settings: &config::Search, metrics: Metrics) -> Self {
-        Self {
-            inner: Arc::new(Inner { index, zones: ZoneCache::default() }),
+    ///
+    /// # Errors
+    /// The threads cannot be started.
+    pub fn new(index: Index, settings: &config::Search, metrics: Metrics) -> Result<Self> {
+        let threads = Executor::multi_thread(settings.threads, "search-")?;
+        Ok(Self {
+            inner: Arc::new(Inner { index, zones: ZoneCache::default(), threads }),
             places: Arc::new(Semaphore::new(settings.concurrent)),
             timeout: Duration::from_millis(settings.timeout_ms),
             metrics,
-        }
+        })
     }
 
     /// What is searched.
@@ -209,14 +220,9 @@ impl Search {
         let ask = ask.clone();
         self.run(move |inner, clock| {
             let (query, window) = (ask.compiled(), ask.narrow_window());
-            let mut count = 0;
-            for day in inner.days(window) {
-                let weight = pass::weight(&query, &day)?;
-                for reader in day.searcher.segment_readers() {
-                    count += top::count(reader, &*weight, window, clock)?;
-                }
-            }
-            Ok(count)
+            let count = |reader: &_, weight: &_| top::count(reader, weight, window, clock);
+            let of_segments = pass::each_segment(&inner.threads, &query, &inner.days(window), count)?;
+            Ok(of_segments.into_iter().sum())
         })
         .await
     }
@@ -229,7 +235,7 @@ impl Search {
         let ask = ask.clone();
         self.run(move |inner, clock| {
             let window = ask.narrow_window();
-            histogram::histogram(&ask.compiled(), &inner.days(window), window, interval_ms, clock)
+            histogram::histogram(&inner.threads, &ask.compiled(), &inner.days(window), window, interval_ms, clock)
         })
         .await
     }
@@ -241,7 +247,7 @@ impl Search {
         self.run(move |inner, clock| {
             let window = ask.narrow_window();
             let size = size.clamp(1, MAX_VALUES);
-            top::top(&ask.compiled(), &inner.days(window), window, &by, size, clock)
+            top::top(&inner.threads, &ask.compiled(), &inner.days(window), window, &by, size, clock)
         })
         .await
     }

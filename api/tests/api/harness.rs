@@ -79,7 +79,7 @@ impl Api {
         let index = Index::open(&config.search.dir(data_dir.path()), &config.search).unwrap();
         index.catch_up(&pool, &clock).await.unwrap();
         let app = App::new(pool, clock.clone(), keys.clone(), pki, registry, &config, health).unwrap();
-        let app = app.with_index(index.clone());
+        let app = app.with_index(index.clone()).unwrap();
         Self { router: api::router(app.clone()), app, index, db, clock, keys, admin, token, _data_dir: data_dir }
     }
 

@@ -15,7 +15,7 @@ use super::writers::Writers;
 use super::{Index, Places, State};
 use crate::clock::Clock;
 use crate::error::{Error, Result};
-use crate::log::Line;
+use crate::log::{Line, Stretch};
 
 /// A commit is not put off beyond so many lines.
 const COMMIT_LINES: u64 = 50_000;
@@ -204,18 +204,21 @@ impl<'a> Follower<'a> {
         let mut db = self.db.acquire().await?;
         let lasts = lasts(&mut db).await?;
         let mut writers = self.begun(&mut db, &lasts).await?;
+        let due = lasts
+            .into_iter()
+            .map(|(writer, last)| (writer, writers.reached.get(&writer).copied().unwrap_or_default(), last));
+        let mut due = due.filter(|(_, place, last)| place < last).collect::<Vec<_>>().into_iter();
         let mut behind = 0;
-        for (writer, last) in lasts {
-            let place = writers.reached.get(&writer).copied().unwrap_or_default();
-            if place >= last {
-                continue;
-            }
-            let stretch = Line::read_after(&mut db, writer, place, last, settings.batch_lines).await?;
+        let mut read = read_next(&mut db, due.next(), settings.batch_lines).await?;
+        while let Some((writer, last, stretch)) = read {
             behind += last - stretch.reached;
             metrics.orphans.inc_by(stretch.orphans);
             let add = move |writers: &mut Writers| writers.add(&stretch.lines, writer, stretch.reached);
-            let (held, added) = blocking(writers, add).await?;
-            writers = held;
+            // What is next is read while this is added.
+            let (added, following) =
+                tokio::join!(blocking(writers, add), read_next(&mut db, due.next(), settings.batch_lines));
+            let (held, added) = added?;
+            (writers, read) = (held, following?);
             metrics.lines.inc_by(added.lines);
             metrics.without_column.inc_by(added.without_column);
             metrics.closed.inc_by(added.closed);
@@ -239,6 +242,16 @@ impl<'a> Follower<'a> {
         self.index.show(&writers);
         Ok(writers)
     }
+}
+
+/// A portion of a writer's lines behind a place and up to another one; with the writer and the latter.
+async fn read_next(
+    db: &mut PgConnection,
+    next: Option<(i16, i64, i64)>,
+    limit: usize,
+) -> Result<Option<(i16, i64, Stretch)>> {
+    let Some((writer, place, last)) = next else { return Ok(None) };
+    Ok(Some((writer, last, Line::read_after(db, writer, place, last, limit).await?)))
 }
 
 async fn lasts(db: &mut PgConnection) -> Result<Places> {

@@ -57,7 +57,7 @@ impl Writing {
     pub(super) fn open(name: Name, opened: &Opened, settings: &Search) -> Result<Self> {
         let Payload { places, columns } = Payload::of(&opened.index)?;
         let options = IndexWriterOptions::builder()
-            .num_worker_threads(1)
+            .num_worker_threads(settings.writer_threads)
             .num_merge_threads(MERGE_THREADS)
             .memory_budget_per_thread(settings.writer_bytes)
             .build();

@@ -62,30 +62,30 @@ pub struct Stretch {
     pub orphans: u64,
 }
 
-pub(super) struct Row {
-    pub(super) ts_ms: i64,
-    pub(super) writer: i16,
-    pub(super) place: i64,
-    pub(super) tenant: Option<TenantKey>,
-    pub(super) device: DeviceKey,
-    pub(super) device_id: Option<DeviceId>,
-    pub(super) seq: i64,
-    pub(super) level: i16,
-    pub(super) target: Option<String>,
-    pub(super) message: String,
-    pub(super) trace: Option<String>,
-    pub(super) fields: Option<Json<Map<String, Value>>>,
-    pub(super) cut: i16,
-    pub(super) sent_at_ms: Option<i64>,
+struct Row {
+    ts: DateTime<Utc>,
+    writer: i16,
+    place: i64,
+    tenant: Option<TenantKey>,
+    device: DeviceKey,
+    device_id: Option<DeviceId>,
+    seq: i64,
+    level: i16,
+    target: Option<String>,
+    message: String,
+    trace: Option<String>,
+    fields: Option<Json<Map<String, Value>>>,
+    cut: i16,
+    sent_at: Option<DateTime<Utc>>,
 }
 
 impl Row {
     fn address(&self) -> Address {
-        Address { ts_ms: self.ts_ms, writer: self.writer, place: self.place }
+        Address { ts_ms: self.ts.timestamp_millis(), writer: self.writer, place: self.place }
     }
 
     /// None when its device is gone.
-    pub(super) fn line(self) -> Option<Line> {
+    fn line(self) -> Option<Line> {
         Some(Line {
             address: self.address(),
             tenant: self.tenant?,
@@ -98,7 +98,7 @@ impl Row {
             trace: self.trace,
             fields: self.fields.map(|fields| fields.0).unwrap_or_default(),
             cut: Cut(self.cut),
-            sent_at_ms: self.sent_at_ms,
+            sent_at_ms: self.sent_at.map(|at| at.timestamp_millis()),
         })
     }
 }
@@ -127,11 +127,11 @@ impl Line {
         let rows = sqlx::query_as!(
             Row,
             r#"
-            select (extract(epoch from l.ts) * 1000)::bigint as "ts_ms!", l.writer as "writer!", l.place as "place!",
+            select l.ts as "ts!", l.writer as "writer!", l.place as "place!",
                    d.tenant_key as "tenant?: TenantKey", l.device_key as "device!: DeviceKey", d.id as "device_id?: DeviceId",
                    l.seq as "seq!", l.level as "level!", l.target, l.message as "message!", l.trace_id as trace,
                    l.fields as "fields: Json<Map<String, Value>>", l.cut as "cut!",
-                   (extract(epoch from l.sent_at) * 1000)::bigint as sent_at_ms
+                   l.sent_at
               from (select * from log
                      where writer = $1 and place > $2 and place <= $3
                        and ts >= coalesce($5, '-infinity'::timestamptz) and ts < coalesce($6, 'infinity'::timestamptz)
@@ -165,11 +165,11 @@ impl Line {
         let rows = sqlx::query_as!(
             Row,
             r#"
-            select (extract(epoch from l.ts) * 1000)::bigint as "ts_ms!", l.writer as "writer!", l.place as "place!",
+            select l.ts as "ts!", l.writer as "writer!", l.place as "place!",
                    d.tenant_key as "tenant?: TenantKey", l.device_key as "device!: DeviceKey", d.id as "device_id?: DeviceId",
                    l.seq as "seq!", l.level as "level!", l.target, l.message as "message!", l.trace_id as trace,
                    l.fields as "fields: Json<Map<String, Value>>", l.cut as "cut!",
-                   (extract(epoch from l.sent_at) * 1000)::bigint as sent_at_ms
+                   l.sent_at
               from unnest($1::timestamptz[], $2::smallint[], $3::bigint[]) with ordinality as u (ts, writer, place, nth)
         cross join lateral (
                    select * from log where ts = u.ts and writer = u.writer and place = u.place offset 0) l

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use tantivy::Executor;
+
 use super::compile::Boxed;
-use super::pass::{Clock, Matched, Window, numbers, weight};
+use super::pass::{Clock, Matched, Window, each_segment, numbers};
 use crate::error::{Error, Result};
 use crate::index::Day;
 
@@ -23,10 +25,9 @@ pub struct Bucket {
     pub by_level: [u64; LEVELS],
 }
 
-type Counts = BTreeMap<i64, [u64; LEVELS]>;
-
 /// Counts by time and level. Stretches without a line are left out.
 pub(super) fn histogram(
+    threads: &Executor,
     query: &Boxed,
     days: &[Day],
     window: Window,
@@ -36,53 +37,71 @@ pub(super) fn histogram(
     if interval_ms < 1 {
         return Err(Error::Invalid("interval: expected at least 1 ms".to_owned()));
     }
-    let mut counts = Counts::new();
-    for day in days {
-        let weight = weight(query, day)?;
-        for reader in day.searcher.segment_readers() {
-            let levels = numbers(reader, "level")?;
-            let mut matched = Matched::new(reader, &*weight, window, clock)?;
-            let mut of_block = [0; super::pass::BLOCK];
-            let mut current = Current { bucket: 0, by_level: [0; LEVELS] };
-            while let Some((docs, times)) = matched.next()? {
-                let of_block = &mut of_block[..docs.len()];
-                levels.get_vals(docs, of_block);
-                for (level, ms) in of_block.iter().zip(times) {
-                    let bucket = ms.div_euclid(interval_ms);
-                    if bucket != current.bucket {
-                        current.end(&mut counts)?;
-                        current.bucket = bucket;
-                    }
-                    let level = usize::try_from(*level).unwrap_or(LEVELS).clamp(1, LEVELS) - 1;
-                    current.by_level[level] += 1;
+    let of_segments = each_segment(threads, query, days, |reader, weight| {
+        let mut counts = Counts::default();
+        let levels = numbers(reader, "level")?;
+        let mut matched = Matched::new(reader, weight, window, clock)?;
+        let mut of_block = [0; super::pass::BLOCK];
+        let mut current = Current::at(0, interval_ms);
+        while let Some((docs, times)) = matched.next()? {
+            let of_block = &mut of_block[..docs.len()];
+            levels.get_vals(docs, of_block);
+            for (level, ms) in of_block.iter().zip(times) {
+                if !current.has(*ms) {
+                    counts.add(current.bucket, current.by_level)?;
+                    current = Current::at(*ms, interval_ms);
                 }
+                let level = usize::try_from(*level).unwrap_or(LEVELS).clamp(1, LEVELS) - 1;
+                current.by_level[level] += 1;
             }
-            current.end(&mut counts)?;
         }
+        counts.add(current.bucket, current.by_level)?;
+        Ok(counts)
+    })?;
+    let mut counts = Counts::default();
+    for (bucket, by_level) in of_segments.into_iter().flat_map(|of_segment| of_segment.0) {
+        counts.add(bucket, by_level)?;
     }
     let bucket = |(bucket, by_level): (i64, [u64; LEVELS])| Bucket {
         start_ms: bucket.saturating_mul(interval_ms),
         total: by_level.iter().sum(),
         by_level,
     };
-    Ok(counts.into_iter().map(bucket).collect())
+    Ok(counts.0.into_iter().map(bucket).collect())
 }
 
 /// The stretch that lines are counted in: one is mostly followed by another of its own.
 struct Current {
     bucket: i64,
+    /// Its first and its last ms.
+    span: (i64, i64),
     by_level: [u64; LEVELS],
 }
 
 impl Current {
-    fn end(&mut self, counts: &mut Counts) -> Result<()> {
-        let by_level = std::mem::take(&mut self.by_level);
+    fn at(ms: i64, interval_ms: i64) -> Self {
+        let bucket = ms.div_euclid(interval_ms);
+        let first = bucket.saturating_mul(interval_ms);
+        Self { bucket, span: (first, first.saturating_add(interval_ms - 1)), by_level: [0; LEVELS] }
+    }
+
+    /// Whether a time is in it; asked of every line, so without a division.
+    fn has(&self, ms: i64) -> bool {
+        self.span.0 <= ms && ms <= self.span.1
+    }
+}
+
+#[derive(Default)]
+struct Counts(BTreeMap<i64, [u64; LEVELS]>);
+
+impl Counts {
+    fn add(&mut self, bucket: i64, by_level: [u64; LEVELS]) -> Result<()> {
         if by_level == [0; LEVELS] {
             return Ok(());
         }
-        let total = counts.entry(self.bucket).or_default();
+        let total = self.0.entry(bucket).or_default();
         total.iter_mut().zip(by_level).for_each(|(total, more)| *total += more);
-        if counts.len() > MAX_BUCKETS {
+        if self.0.len() > MAX_BUCKETS {
             let told =
                 format!("interval: expected a longer one, or less time: there are more than {MAX_BUCKETS} stretches");
             return Err(Error::Invalid(told));

@@ -134,16 +134,22 @@ impl Search<'_> {
                 continue;
             }
             let weight = weight(self.query, &day)?;
+            // What comes first fills the page, so that most segments need not be looked through.
+            let mut segments = Vec::new();
             for reader in day.searcher.segment_readers() {
-                self.segment(reader, &*weight, &mut best)?;
+                let zones = self.zones.of(reader)?;
+                segments.push((zones.iter().map(|zone| order.first(*zone)).max(), reader, zones));
+            }
+            segments.sort_by_key(|(first, ..)| Reverse(*first));
+            for (_, reader, zones) in segments {
+                self.segment(reader, &zones, &*weight, &mut best)?;
             }
         }
         Ok(best.page(self.limit))
     }
 
-    fn segment(&self, reader: &SegmentReader, weight: &dyn Weight, best: &mut Best) -> Result<()> {
-        let zones = self.zones.of(reader)?;
-        for range in self.ranges(&zones) {
+    fn segment(&self, reader: &SegmentReader, zones: &Zones, weight: &dyn Weight, best: &mut Best) -> Result<()> {
+        for range in self.ranges(zones) {
             let rest = &zones[range.rest];
             let first = rest.iter().map(|zone| self.order.first(*zone)).max();
             if first.is_none_or(|first| best.is_beyond(first)) {

@@ -8,7 +8,7 @@ use std::time::Instant;
 use tantivy::columnar::ColumnValues;
 use tantivy::index::SegmentReader;
 use tantivy::query::{EnableScoring, Scorer, Weight};
-use tantivy::{COLLECT_BLOCK_BUFFER_LEN, DocId, TantivyError};
+use tantivy::{COLLECT_BLOCK_BUFFER_LEN, DocId, Executor, TantivyError};
 
 use super::compile::Boxed;
 use crate::error::{Error, Result};
@@ -83,6 +83,24 @@ pub(super) fn refused(error: TantivyError) -> Error {
 /// A query made ready for a day.
 pub(super) fn weight(query: &Boxed, day: &Day) -> Result<Box<dyn Weight>> {
     query.weight(EnableScoring::disabled_from_searcher(&day.searcher)).map_err(refused)
+}
+
+/// What `work` finds in each segment of these days, some segments of a day at a time.
+pub(super) fn each_segment<T: Send>(
+    threads: &Executor,
+    query: &Boxed,
+    days: &[Day],
+    work: impl Fn(&SegmentReader, &dyn Weight) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    let mut found = Vec::new();
+    for day in days {
+        let weight = weight(query, day)?;
+        let of_day = threads.map(|reader| Ok(work(reader, &*weight)), day.searcher.segment_readers().iter());
+        for of_segment in of_day? {
+            found.push(of_segment?);
+        }
+    }
+    Ok(found)
 }
 
 /// The times of a segment's documents.

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::hash::Hash;
 
+use tantivy::Executor;
 use tantivy::columnar::{Column, DynamicColumn, StrColumn};
 use tantivy::index::SegmentReader;
-use tantivy::query::{EnableScoring, Weight};
+use tantivy::query::Weight;
 
 use super::compile::{Boxed, and, has};
-use super::pass::{Clock, Matched, Window, refused, weight};
+use super::pass::{Clock, Matched, Window, each_segment, refused};
 use crate::error::{Error, Result};
 use crate::index::Day;
 use crate::level::Level;
@@ -78,33 +79,52 @@ impl By {
 }
 
 /// Counts by value.
-pub(super) fn top(query: &Boxed, days: &[Day], window: Window, by: &By, size: usize, clock: Clock) -> Result<Top> {
-    let mut all = HashMap::new();
-    let mut uncounted = 0;
-    for day in days {
-        let weight = weight(query, day)?;
-        for reader in day.searcher.segment_readers() {
-            let handles = reader.fast_fields().dynamic_column_handles(&by.column())?;
-            if let By::Field(name) = by
-                && handles.is_empty()
-            {
-                let with = and(vec![query.box_clone(), has(&format!("fields.{name}"))]);
-                let with = with.weight(EnableScoring::disabled_from_searcher(&day.searcher)).map_err(refused)?;
-                uncounted += count(reader, &*with, window, clock)?;
-            }
-            for handle in handles {
-                let column = handle.open().map_err(tantivy::TantivyError::from)?;
-                let matched = Matched::new(reader, &*weight, window, clock)?;
-                for (value, count) in by.segment(matched, column)? {
-                    *all.entry(value).or_insert(0) += count;
-                }
-            }
+pub(super) fn top(
+    threads: &Executor,
+    query: &Boxed,
+    days: &[Day],
+    window: Window,
+    by: &By,
+    size: usize,
+    clock: Clock,
+) -> Result<Top> {
+    let of_segments = each_segment(threads, query, days, |reader, weight| {
+        let mut found = Vec::new();
+        for handle in reader.fast_fields().dynamic_column_handles(&by.column())? {
+            let column = handle.open().map_err(tantivy::TantivyError::from)?;
+            found.extend(by.segment(Matched::new(reader, weight, window, clock)?, column)?);
         }
+        Ok(found)
+    })?;
+    let mut all = HashMap::new();
+    for (value, count) in of_segments.into_iter().flatten() {
+        *all.entry(value).or_insert(0) += count;
     }
+    let uncounted = match by {
+        By::Field(name) => uncounted(threads, query, days, window, (name, &by.column()), clock)?,
+        _ => 0,
+    };
     let total = all.values().sum::<u64>();
     let values = most(all, size);
     let others = total - values.iter().map(|(_, count)| count).sum::<u64>();
     Ok(Top { values, others, uncounted })
+}
+
+/// How many lines have the field, where it has no column.
+fn uncounted(
+    threads: &Executor,
+    query: &Boxed,
+    days: &[Day],
+    window: Window,
+    (name, column): (&str, &str),
+    clock: Clock,
+) -> Result<u64> {
+    let with = and(vec![query.box_clone(), has(&format!("fields.{name}"))]);
+    let of_segments = each_segment(threads, &with, days, |reader, weight| {
+        let is_counted = !reader.fast_fields().dynamic_column_handles(column)?.is_empty();
+        if is_counted { Ok(0) } else { count(reader, weight, window, clock) }
+    })?;
+    Ok(of_segments.into_iter().sum())
 }
 
 /// How many documents of a segment there are.

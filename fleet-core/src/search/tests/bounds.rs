@@ -13,7 +13,7 @@ fn search(concurrent: usize, timeout_ms: u64) -> (Search, tempfile::TempDir) {
     let settings = Config::from_sources(&Environment::default(), Some(HashMap::new())).unwrap().search;
     let settings = config::Search { concurrent, timeout_ms, ..settings };
     let index = Index::open(dir.path(), &settings).unwrap();
-    (Search::new(index, &settings, Metrics::register(&Registry::new()).unwrap()), dir)
+    (Search::new(index, &settings, Metrics::register(&Registry::new()).unwrap()).unwrap(), dir)
 }
 
 #[tokio::test]
@@ -52,8 +52,14 @@ async fn a_search_that_takes_too_long_is_given_up() {
     let late = Clock(Instant::now());
     let days = &built.days;
     let query = &ask("x").compiled();
-    assert!(matches!(histogram::histogram(query, days, Window::ALL, 1, late), Err(Error::SearchTimeout)));
-    assert!(matches!(top::top(query, days, Window::ALL, &By::Level, 1, late), Err(Error::SearchTimeout)));
+    assert!(matches!(
+        histogram::histogram(&Executor::SingleThread, query, days, Window::ALL, 1, late),
+        Err(Error::SearchTimeout)
+    ));
+    assert!(matches!(
+        top::top(&Executor::SingleThread, query, days, Window::ALL, &By::Level, 1, late),
+        Err(Error::SearchTimeout)
+    ));
 }
 
 #[test]

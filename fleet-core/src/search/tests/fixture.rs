@@ -69,6 +69,10 @@ pub(super) fn now() -> DateTime<Utc> {
     from_ms(NOW)
 }
 
+fn threads() -> Executor {
+    Executor::multi_thread(2, "test-").unwrap()
+}
+
 pub(super) fn clock() -> Clock {
     Clock(Instant::now() + Duration::from_mins(1))
 }
@@ -129,12 +133,12 @@ impl Built {
 
     pub(super) fn histogram(&self, ask: &Ask, interval_ms: i64) -> Result<Vec<Bucket>> {
         let window = ask.narrow_window();
-        histogram::histogram(&ask.compiled(), &self.days(window), window, interval_ms, clock())
+        histogram::histogram(&threads(), &ask.compiled(), &self.days(window), window, interval_ms, clock())
     }
 
     pub(super) fn top(&self, ask: &Ask, field: &str, size: usize) -> Result<Top> {
         let window = ask.narrow_window();
-        top::top(&ask.compiled(), &self.days(window), window, &By::read(field)?, size, clock())
+        top::top(&threads(), &ask.compiled(), &self.days(window), window, &By::read(field)?, size, clock())
     }
 
     pub(super) fn patterns(&self, ask: &Ask, since_ms: Option<i64>) -> patterns::Patterns {

@@ -11,6 +11,7 @@ use tokio::process::Command;
 
 use crate::foreign_clients::{python, said};
 use crate::harness::client::Client;
+use crate::harness::packet::kind::PUBACK;
 use crate::harness::packet::{Connect, Property, Publish};
 use crate::harness::raw::Version::V5;
 use crate::harness::{Device, Fleet, Mqtt};
@@ -209,6 +210,45 @@ async fn commands_are_bounded_and_for_those_who_may() {
     assert_eq!(other.publish(&topic, r#"{"status":"succeeded"}"#).await, PubAckReason::NotAuthorized);
     other.publish(&format!("fleet/v1/main/boiler-2/commands/{id}/response"), r#"{"status":"succeeded"}"#).await;
     assert_eq!(read(&fleet, &id).await["state"], "queued", "another device's id changes nothing");
+}
+
+#[tokio::test]
+async fn a_full_queue_of_responses_makes_devices_wait_and_each_is_taken_once() {
+    let fleet = Fleet::start_with(&[("MUSTER__COMMANDS__RESPONSE_QUEUE", "1")]).await;
+    let mut devices = Vec::new();
+    for n in 0..4 {
+        let device = fleet.enrol(&format!("boiler-{n}")).await;
+        let mut client = connect(&fleet, &device).await;
+        client.subscribe(&device.topic("commands/+/request"), 1).await;
+        let id = order(&fleet, &device, json!({ "name": "ping" })).await;
+        client.message().await;
+        until(&fleet, &id, "delivered").await;
+        devices.push((device, client, id));
+    }
+    // Commands can be read, and none can be changed.
+    let mut held = fleet.db().begin().await.expect("a transaction");
+    sqlx::query("select 1 from command for update").execute(&mut *held).await.expect("the table is there");
+    for (n, (device, client, id)) in devices.iter_mut().enumerate() {
+        let topic = device.topic(&format!("commands/{id}/response"));
+        let response = json!({ "status": "succeeded", "result": { "n": n } }).to_string();
+        client.send_publish(&Publish::new(topic, response).qos(1).id(7)).await;
+    }
+    // One is in hand and one in the queue.
+    let full = || fleet.metric("muster_mqtt_limit_hits_total", "\"response_queue\"");
+    fleet.eventually(full, |hits| *hits > 1.5).await;
+    assert!(fleet.metric("muster_mqtt_acknowledged_total", "").await < 0.5, "nobody was told anything");
+    for (_, _, id) in &devices {
+        assert_eq!(read(&fleet, id).await["state"], "delivered");
+    }
+    held.commit().await.expect("nothing was changed");
+    for (n, (_, mut client, id)) in devices.into_iter().enumerate() {
+        assert_eq!(client.ack(PUBACK, 7).await.reason & 0x80, 0);
+        client.is_quiet("it is acknowledged once").await;
+        let done = read(&fleet, &id).await;
+        assert_eq!(states(&done), ["queued", "sent", "delivered", "succeeded"]);
+        assert_eq!(done["result"], json!({ "n": n }));
+    }
+    assert!((fleet.metric("muster_command_responses_total", "\"taken\"").await - 4.0).abs() < 0.1);
 }
 
 #[tokio::test]

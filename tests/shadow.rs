@@ -13,7 +13,8 @@ use tokio::time::timeout;
 
 use crate::foreign_clients::python;
 use crate::harness::client::Client;
-use crate::harness::packet::Connect;
+use crate::harness::packet::kind::PUBACK;
+use crate::harness::packet::{Connect, Publish};
 use crate::harness::raw::Version::V5;
 use crate::harness::{Device, Fleet, Mqtt, PATIENCE};
 
@@ -243,6 +244,43 @@ async fn a_shadow_is_seen_and_changed_by_those_who_may() {
     own.publish(&device.topic("shadow/update"), r#"{"state":{"reported":{"n":1}}}"#).await;
     assert_eq!(on(&mut viewing, &device, "shadow/update/accepted").await["version"], 2);
     assert!(viewing.message_within(Duration::from_millis(200)).await.is_none(), "nobody desires anything else");
+}
+
+#[tokio::test]
+async fn a_full_queue_of_requests_makes_devices_wait_and_each_is_answered_once() {
+    let fleet = Fleet::start_with(&[("MUSTER__SHADOW__REQUEST_QUEUE", "1")]).await;
+    let mut devices = Vec::new();
+    // Each of four tasks has one request in hand and one in its queue: of nine, one waits outside at the least.
+    for n in 0..9 {
+        let device = fleet.enrol(&format!("boiler-{n}")).await;
+        let login = Some((device.username.clone(), device.password.clone()));
+        let socket = TcpStream::connect(fleet.mqtt_addr()).await.expect("the server listens");
+        let (mut client, connack) = Client::hello(Box::new(socket), &Connect::new(V5, &device.id, login)).await;
+        assert_eq!(connack.code, 0);
+        client.subscribe(&device.topic("shadow/update/+"), 0).await;
+        devices.push((device, client));
+    }
+    // Shadows can be read, and none can be changed.
+    let mut held = fleet.db().begin().await.expect("a transaction");
+    sqlx::query("lock table shadow in exclusive mode").execute(&mut *held).await.expect("the table is there");
+    for (n, (device, client)) in devices.iter_mut().enumerate() {
+        let report = json!({ "state": { "reported": { "n": n } } }).to_string();
+        client.send_publish(&Publish::new(device.topic("shadow/update"), report).qos(1).id(7)).await;
+    }
+    let full = || fleet.metric("muster_mqtt_limit_hits_total", "\"shadow_queue\"");
+    fleet.eventually(full, |hits| *hits > 0.5).await;
+    assert!(fleet.metric("muster_mqtt_acknowledged_total", "").await < 0.5, "nobody was told anything");
+    assert_eq!(fleet.get(&path(&devices[0].0)).await["version"], 0);
+    held.commit().await.expect("nothing was changed");
+    for (n, (device, mut client)) in devices.into_iter().enumerate() {
+        let accepted = client.message().await;
+        assert_eq!(accepted.topic, device.topic("shadow/update/accepted"), "{}", accepted.text());
+        assert_eq!(client.ack(PUBACK, 7).await.reason, 0);
+        client.is_quiet("it is answered once").await;
+        let shadow = fleet.get(&path(&device)).await;
+        assert_eq!((&shadow["version"], &shadow["reported"]), (&json!(1), &json!({ "n": n })));
+    }
+    assert!((fleet.metric("muster_shadow_requests_total", "\"updated\"").await - 9.0).abs() < 0.1);
 }
 
 /// Starts a device on Paho that follows its shadow until a member has a value; what it says.

@@ -234,3 +234,33 @@ async fn send(shared: &Shared, db: &PgPool, devices: &[(DeviceKey, ConnectionId)
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use prometheus::Registry;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_full_queue_makes_those_who_come_wait_and_loses_nobody() {
+        let metrics = Metrics::new(&Registry::new()).unwrap();
+        let hits = || metrics.limits.with_label_values(&[Limit::DispatchQueue.label()]).get();
+        let (dispatch, mut taken) = Dispatch::new(metrics.clone());
+        let all = (0..=i64::try_from(QUEUE).unwrap()).map(DeviceKey).collect::<Vec<_>>();
+        let news = |device: &DeviceKey| News::Delivered(*device, CommandId::new());
+        let (last, others) = all.split_last().unwrap();
+        assert!(others.iter().all(|device| dispatch.offer(news(device)).is_ok()));
+        let refused = dispatch.offer(news(last)).expect_err("there is no room");
+        assert_eq!(hits(), 0, "it is counted when somebody waits");
+        let take = async {
+            let mut told = Vec::new();
+            while told.len() < all.len() {
+                let Some(News::Delivered(device, _)) = taken.recv().await else { break };
+                told.push(device);
+            }
+            told
+        };
+        let ((), told) = tokio::join!(dispatch.wait(refused), take);
+        assert_eq!((hits(), told == all), (1, true), "in order, and each once");
+    }
+}

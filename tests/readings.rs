@@ -123,6 +123,24 @@ async fn the_life_of_a_device_is_kept() {
 }
 
 #[tokio::test]
+async fn versions_of_firmware_that_find_no_room_are_counted_and_the_device_is_told_right() {
+    let fleet = Fleet::start().await;
+    let boiler = fleet.enrol("boiler-1").await;
+    let full = "insert into firmware_seen (tenant_key, version, first_at)
+                select tenant_key, 'x' || n, now() from device, generate_series(1, 10000) n";
+    sqlx::query(full).execute(fleet.db()).await.expect("the table is there");
+    let mut mqtt = fleet.connect(&boiler).await;
+    let birth = r#"{"state":"online","boot_id":"b1","firmware":"1.2.3"}"#;
+    assert_eq!(mqtt.publish(&boiler.topic("status"), birth).await, Answer::Success);
+    let left_out = || fleet.metric("muster_mqtt_limit_hits_total", "\"firmware_versions\"");
+    fleet.eventually(left_out, |left_out| (*left_out - 1.0).abs() < 0.1).await;
+    let read = || fleet.get("/api/v1/devices/boiler-1");
+    fleet.eventually(read, |device| device["status"]["firmware"] == "1.2.3").await;
+    let kept = sqlx::query_scalar::<_, i64>("select count(*) from firmware_seen").fetch_one(fleet.db()).await;
+    assert_eq!(kept.expect("the table is there"), 10_000);
+}
+
+#[tokio::test]
 async fn while_the_database_is_away_nothing_is_acknowledged_and_nothing_is_lost() {
     let fleet = Fleet::start_embedded().await;
     let boiler = fleet.enrol("boiler-1").await;

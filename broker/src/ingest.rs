@@ -474,18 +474,20 @@ impl Store {
         let now_ms = self.clock.now_ms();
         let is_bare = sorted.changes.is_empty() && sorted.letters.is_empty() && sorted.lines.suppressed() == 0;
         let stored = if is_bare && sorted.lines.is_empty() {
-            Stored { readings: telemetry::insert_batch(connection, &sorted.batch).await?, lines: 0 }
+            let readings = telemetry::insert_batch(connection, &sorted.batch).await?;
+            Stored { readings, ..Stored::default() }
         } else if is_bare && sorted.batch.is_empty() {
-            Stored { readings: 0, lines: log::insert_batch(connection, self.writer, &sorted.lines).await? }
+            let lines = log::insert_batch(connection, self.writer, &sorted.lines).await?;
+            Stored { lines, ..Stored::default() }
         } else {
             let mut tx = connection.begin().await?;
             let readings = telemetry::insert_batch(&mut tx, &sorted.batch).await?;
             log::suppressed::note(&mut tx, &sorted.lines, now_ms).await?;
-            let stored = Stored { readings, lines: log::insert_batch(&mut tx, self.writer, &sorted.lines).await? };
-            status::record(&mut tx, &sorted.changes).await?;
+            let lines = log::insert_batch(&mut tx, self.writer, &sorted.lines).await?;
+            let versions_left_out = status::record(&mut tx, &sorted.changes).await?;
             dead_letter::insert(&mut tx, &sorted.letters).await?;
             tx.commit().await?;
-            stored
+            Stored { readings, lines, versions_left_out }
         };
         self.tracker.note(&sorted.batch);
         self.tracker.note_changes(&sorted.changes);
@@ -510,9 +512,12 @@ impl Store {
 }
 
 /// What was new of a batch.
+#[derive(Default)]
 struct Stored {
     readings: u64,
     lines: u64,
+    /// Versions of firmware that nobody is told the age of.
+    versions_left_out: u64,
 }
 
 /// A batch, sorted by what becomes of it.
@@ -601,6 +606,7 @@ impl Sorted {
         metrics.dead_letters.inc_by(self.letters.len() as u64);
         metrics.committed.with_label_values(&["logs"]).inc_by(self.logs);
         metrics.stored.inc_by(stored.readings);
+        metrics.hit_many(Limit::FirmwareVersions, stored.versions_left_out);
         metrics.clamped.inc_by(self.batch.clamped() as u64);
         metrics.duplicates.inc_by((self.batch.len() as u64).saturating_sub(stored.readings));
         metrics.lines.stored.inc_by(stored.lines);

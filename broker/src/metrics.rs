@@ -191,10 +191,12 @@ pub(crate) enum Limit {
     ResponseQueue,
     /// Devices that came to listen all at once: the socket was not read for a while
     DispatchQueue,
+    /// Versions of firmware of one tenant: since when there is one more is not kept
+    FirmwareVersions,
 }
 
 impl Limit {
-    const ALL: [Self; 35] = [
+    const ALL: [Self; 36] = [
         Self::Connections,
         Self::PacketBytes,
         Self::ReceiveMaximum,
@@ -229,6 +231,7 @@ impl Limit {
         Self::ShadowQueue,
         Self::ResponseQueue,
         Self::DispatchQueue,
+        Self::FirmwareVersions,
         Self::Claimants,
     ];
 
@@ -268,6 +271,7 @@ impl Limit {
             Self::ShadowQueue => "shadow_queue",
             Self::ResponseQueue => "response_queue",
             Self::DispatchQueue => "dispatch_queue",
+            Self::FirmwareVersions => "firmware_versions",
             Self::Claimants => "claimants",
         }
     }
@@ -460,8 +464,8 @@ impl Meters {
     }
 
     /// Counts that a bound was hit that many times.
-    pub(crate) fn hit_many(&self, limit: Limit, times: i64) {
-        self.limits.with_label_values(&[limit.label()]).inc_by(times.unsigned_abs());
+    pub(crate) fn hit_many(&self, limit: Limit, times: u64) {
+        self.limits.with_label_values(&[limit.label()]).inc_by(times);
     }
 
     /// Counts that a bound was hit.

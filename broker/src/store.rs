@@ -542,7 +542,7 @@ impl Worker {
         let too_old_ms = now_ms - i64::try_from(self.settings.queue_age_s).unwrap_or(i64::MAX).saturating_mul(1000);
         let expired = session::expire_messages(connection, now_ms, too_old_ms, SWEEP_AT_MOST_ROWS).await?;
         for expired in &expired {
-            self.metrics.hit_many(Limit::SessionAge, expired.messages);
+            self.metrics.hit_many(Limit::SessionAge, expired.messages.unsigned_abs());
         }
         self.sessions.forget_messages(&expired);
         Ok(())

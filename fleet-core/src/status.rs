@@ -236,10 +236,10 @@ impl<'a> Folded<'a> {
 }
 
 /// Keeps changes, which are in the order they happened, in one statement. Devices that were deleted meanwhile are
-/// skipped.
-pub async fn record(db: &mut PgConnection, changes: &[Change]) -> Result<()> {
+/// skipped. Returns for how many versions of firmware there was no room among those of [`crate::firmware`].
+pub async fn record(db: &mut PgConnection, changes: &[Change]) -> Result<u64> {
     if changes.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
     let mut devices: BTreeMap<DeviceKey, Folded<'_>> = BTreeMap::new();
     for change in changes {
@@ -253,7 +253,7 @@ pub async fn record(db: &mut PgConnection, changes: &[Change]) -> Result<()> {
     note_firmware(db, changes).await
 }
 
-async fn note_firmware(db: &mut PgConnection, changes: &[Change]) -> Result<()> {
+async fn note_firmware(db: &mut PgConnection, changes: &[Change]) -> Result<u64> {
     let (mut devices, mut versions, mut at) = (Vec::new(), Vec::new(), Vec::new());
     for change in changes {
         if let Cause::Reported { firmware: Some(firmware), .. } = &change.cause {
@@ -262,7 +262,7 @@ async fn note_firmware(db: &mut PgConnection, changes: &[Change]) -> Result<()> 
             at.push(from_ms(change.at_ms));
         }
     }
-    firmware::note(db, &devices, &versions, &at).await
+    firmware::note(db, &devices, &versions, &at, firmware::MAX_VERSIONS).await
 }
 
 /// The folded changes as the statement wants them.

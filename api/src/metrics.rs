@@ -2,7 +2,7 @@
 
 use fleet_core::claim::request::{Answer, Code};
 use prometheus::process_collector::ProcessCollector;
-use prometheus::{HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry};
+use prometheus::{HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 use crate::problem::BOUNDS;
 
@@ -22,6 +22,7 @@ pub(crate) struct Metrics {
     pub(crate) denials_forgotten: IntCounter,
     pub(crate) audit_cut: IntCounter,
     pub(crate) connections: IntGaugeVec,
+    pub(crate) exports: IntGauge,
 }
 
 impl Metrics {
@@ -87,6 +88,7 @@ impl Metrics {
                 Opts::new("muster_database_pool_connections", "Connections of the pool, by state."),
                 &["state"],
             )?,
+            exports: IntGauge::new("muster_log_exports", "Exports of log lines that are served.")?,
         };
         // Present from the start, so that an alert on a bound has something to compare with.
         for bound in BOUNDS {
@@ -118,6 +120,7 @@ impl Metrics {
         registry.register(Box::new(metrics.denials_forgotten.clone()))?;
         registry.register(Box::new(metrics.audit_cut.clone()))?;
         registry.register(Box::new(metrics.connections.clone()))?;
+        registry.register(Box::new(metrics.exports.clone()))?;
         registry.register(Box::new(ProcessCollector::for_self()))?;
         Ok(metrics)
     }

@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 /// The media type of a problem.
 pub(crate) const MEDIA_TYPE: &str = "application/problem+json";
 /// Types of problems that say a bound was hit.
-pub(crate) const BOUNDS: [&str; 15] = [
+pub(crate) const BOUNDS: [&str; 16] = [
     "login-locked",
     "body-too-large",
     "busy",
@@ -25,6 +25,7 @@ pub(crate) const BOUNDS: [&str; 15] = [
     "too-many-buckets",
     "too-many-traces",
     "too-many-tails",
+    "too-many-exports",
     "too-many",
     "too-many-rows",
     "rate-limited",
@@ -256,6 +257,7 @@ impl From<Error> for Problem {
             Error::NotOwner(_) => (403, "not-owner"),
             Error::NoBroker(_) => (503, "no-broker"),
             Error::SearchBusy => (503, "search-busy"),
+            Error::TooManyBuckets(_) => (400, "too-many-buckets"),
             Error::SearchTimeout => (503, "search-timeout"),
             Error::DeviceExists(_) => (409, "device-exists"),
             Error::Decommissioned(_) => (409, "decommissioned"),

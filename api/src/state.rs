@@ -12,6 +12,7 @@ use fleet_core::config::{self, Audit, Auth, Commands, Config, Http, Logs, Provis
 use fleet_core::control::{self, Answers, Request};
 use fleet_core::index::Index;
 use fleet_core::log::feed::Feed;
+use fleet_core::places::Places;
 use fleet_core::search::{self, Search};
 use fleet_core::token::Keys;
 use fleet_core::user::Logins;
@@ -51,6 +52,8 @@ pub struct App {
     pub(crate) audit: Arc<Audit>,
     pub(crate) logs: Arc<Logs>,
     pub(crate) feed: Feed,
+    /// For those who export log lines.
+    pub(crate) exports: Places,
     pub(crate) denials: Denials,
     pub(crate) oidc: Option<Arc<Provider>>,
     /// Log lines by what they say.
@@ -84,6 +87,7 @@ impl App {
         let searching = Arc::new((config.search.clone(), search::Metrics::register(&registry)?));
         let logs = Arc::new(config.logs.clone());
         let feed = Feed::new(db.clone(), keys.clone(), clock.clone(), config.logs.clone(), &registry)?;
+        let exports = Places::new(logs.max_exports, logs.max_exports_per_user);
         let commands = Arc::new(config.commands.clone());
         let (audit, denials) = (Arc::new(config.audit.clone()), Denials::default());
         let hsts = HeaderValue::from_str(&format!("max-age={}; includeSubDomains", http.hsts_s)).ok();
@@ -107,6 +111,7 @@ impl App {
             audit,
             logs,
             feed,
+            exports,
             denials,
             oidc,
             index: None,

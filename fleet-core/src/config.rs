@@ -515,6 +515,8 @@ pub struct Logs {
     pub tail_queue_bytes: usize,
     pub tail_replay_lines: i64,
     pub tail_heartbeat_ms: u64,
+    pub max_exports: usize,
+    pub max_exports_per_user: usize,
     pub max_saved_searches: usize,
 }
 

@@ -280,6 +280,9 @@ pub enum Error {
     /// There was too much to look through.
     #[error("the search took too long: expected less to look through, such as a shorter time")]
     SearchTimeout,
+    /// Lines fall into more stretches of time than are counted.
+    #[error("more than {0} stretches: expected a longer interval, or a shorter time")]
+    TooManyBuckets(usize),
     /// A migration failed.
     #[error("migration failed")]
     Migrate(#[from] sqlx::migrate::MigrateError),

@@ -45,6 +45,7 @@
 //! | the newest retained message of each topic | [`retained`] |
 //! | who changed what | [`audit`] |
 //! | transactions bound to a tenant and a scope | [`tenancy`] |
+//! | how many may do something at once | [`places`] |
 //! | answers kept for `Idempotency-Key` | [`idempotency`] |
 //! | partitions made ahead, old days dropped | [`retention`] |
 //! | the embedded PostgreSQL, connecting and migrating | [`postgres`], [`database`] |
@@ -90,6 +91,7 @@ pub mod login_session;
 pub mod oidc;
 pub mod password;
 pub mod password_reset;
+pub mod places;
 pub mod policy;
 pub mod postgres;
 pub mod query;

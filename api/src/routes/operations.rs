@@ -75,6 +75,7 @@ pub(crate) async fn metrics(State(app): State<App>) -> Result<Response, Problem>
     let idle = i64::try_from(app.db.num_idle()).unwrap_or(i64::MAX);
     app.metrics.connections.with_label_values(&["idle"]).set(idle);
     app.metrics.connections.with_label_values(&["used"]).set(i64::from(app.db.size()).saturating_sub(idle).max(0));
+    app.metrics.exports.set(i64::try_from(app.exports.taken()).unwrap_or(i64::MAX));
     let mut text = Vec::new();
     let encoder = TextEncoder::new();
     encoder.encode(&app.registry.gather(), &mut text).map_err(|error| Problem::internal(&error))?;

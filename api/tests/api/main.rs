@@ -19,6 +19,8 @@ mod door;
 mod groups;
 mod harness;
 mod import;
+mod index;
+mod log_bounds;
 mod log_search;
 mod login;
 mod login_sessions;

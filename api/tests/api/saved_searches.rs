@@ -97,6 +97,7 @@ async fn what_cannot_be_asked_is_not_saved_and_there_are_only_so_many() {
         ("from", json!("yesterday")),
         ("to", json!("now-")),
         ("query", json!(7)),
+        ("query", json!("x".repeat(4097))),
         ("query", json!("level:>=loud")),
         ("other", json!(1)),
     ] {

@@ -12,7 +12,6 @@ mod tail;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,6 +30,7 @@ use crate::clock::Clock;
 use crate::config::Logs;
 use crate::error::Result;
 use crate::id::UserId;
+use crate::places::{Full, Place, Places};
 use crate::token::Keys;
 
 /// How often the writers' positions are asked for.
@@ -57,7 +57,7 @@ struct Shared {
     epoch: watch::Sender<i64>,
     /// Whether the task runs.
     is_running: Mutex<bool>,
-    tails: Mutex<HashMap<UserId, usize>>,
+    places: Places,
     stop: CancellationToken,
 }
 
@@ -78,6 +78,15 @@ pub enum Refused {
     FullOfUser,
     /// The database failed.
     Failed(crate::Error),
+}
+
+impl From<Full> for Refused {
+    fn from(full: Full) -> Self {
+        match full {
+            Full::All => Self::Full,
+            Full::OfUser => Self::FullOfUser,
+        }
+    }
 }
 
 impl From<crate::Error> for Refused {
@@ -105,9 +114,10 @@ impl Feed {
         registry: &Registry,
     ) -> Result<Self, prometheus::Error> {
         let (metrics, chunks) = (Metrics::register(registry)?, broadcast::Sender::new(CHUNKS));
-        let (epoch, is_running, tails) = (watch::Sender::new(0), Mutex::new(false), Mutex::default());
+        let (epoch, is_running) = (watch::Sender::new(0), Mutex::new(false));
+        let places = Places::new(settings.max_tails, settings.max_tails_per_user);
         let stop = CancellationToken::new();
-        Ok(Self(Arc::new(Shared { db, keys, clock, settings, metrics, chunks, epoch, is_running, tails, stop })))
+        Ok(Self(Arc::new(Shared { db, keys, clock, settings, metrics, chunks, epoch, is_running, places, stop })))
     }
 
     /// Ends all tails, and begins none any more.
@@ -214,22 +224,17 @@ async fn next_lines(db: &mut PgConnection, at: &Positions, last: &Positions) -> 
 /// One of the tails that may be at once.
 struct Permit {
     shared: Arc<Shared>,
-    user: UserId,
+    _place: Place,
     is_served: bool,
 }
 
 impl Permit {
     fn take(shared: &Arc<Shared>, user: UserId) -> Result<Self, Refused> {
-        let mut tails = shared.tails.lock();
-        if tails.values().sum::<usize>() >= shared.settings.max_tails || shared.stop.is_cancelled() {
+        if shared.stop.is_cancelled() {
             return Err(Refused::Full);
         }
-        let own = tails.entry(user).or_default();
-        if *own >= shared.settings.max_tails_per_user {
-            return Err(Refused::FullOfUser);
-        }
-        *own += 1;
-        Ok(Self { shared: shared.clone(), user, is_served: false })
+        let place = shared.places.take(user)?;
+        Ok(Self { shared: shared.clone(), _place: place, is_served: false })
     }
 
     /// From here on what is committed is given.
@@ -243,13 +248,6 @@ impl Drop for Permit {
     fn drop(&mut self) {
         if self.is_served {
             self.shared.metrics.tails.dec();
-        }
-        let mut tails = self.shared.tails.lock();
-        if let Some(own) = tails.get_mut(&self.user) {
-            *own -= 1;
-            if *own == 0 {
-                tails.remove(&self.user);
-            }
         }
     }
 }

@@ -102,9 +102,7 @@ impl Counts {
         let total = self.0.entry(bucket).or_default();
         total.iter_mut().zip(by_level).for_each(|(total, more)| *total += more);
         if self.0.len() > MAX_BUCKETS {
-            let told =
-                format!("interval: expected a longer one, or less time: there are more than {MAX_BUCKETS} stretches");
-            return Err(Error::Invalid(told));
+            return Err(Error::TooManyBuckets(MAX_BUCKETS));
         }
         Ok(())
     }

@@ -189,7 +189,7 @@ proptest! {
 fn an_interval_or_a_phrase_that_asks_too_much_is_refused() {
     let specs = (0..=i64::try_from(MAX_BUCKETS).unwrap()).map(|nth| Spec::new(NOW + nth * 10, &format!("no x{nth}")));
     let built = Built::new(&specs.collect::<Vec<_>>(), 1);
-    assert!(built.histogram(&ask("*"), 10).unwrap_err().to_string().contains("expected a longer one"));
+    assert!(matches!(built.histogram(&ask("*"), 10), Err(Error::TooManyBuckets(MAX_BUCKETS))));
     assert!(built.histogram(&ask("*"), 0).unwrap_err().to_string().contains("expected at least 1 ms"));
     assert_eq!(built.histogram(&ask("*"), 100).unwrap().len(), MAX_BUCKETS / 10 + 1);
     let query = ask("\"no x\"*").compiled();

@@ -126,9 +126,11 @@ pub(crate) async fn histogram(
 ) -> Result<Json<HistogramBody>, Problem> {
     let width_ms = interval.0.num_milliseconds();
     let most = i64::try_from(MAX_BUCKETS).unwrap_or(i64::MAX);
-    let bounds = asked.from_ms.zip(asked.to_ms);
-    if let Some(span_ms) = bounds.map(|(from, to)| to - from).filter(|span_ms| span_ms / width_ms >= most) {
-        let least = span_ms / most / 1000 + 1;
+    if let Some((from, to)) = asked.from_ms.zip(asked.to_ms)
+        && (to - 1).div_euclid(width_ms) - from.div_euclid(width_ms) >= most
+    {
+        // The first and the last stretch may be there in part.
+        let least = (to - from) / (most - 1) / 1000 + 1;
         let detail =
             format!("more than {most} stretches: expected an interval of at least {least}s, or a shorter time");
         return Err(Problem::new(400, "too-many-buckets", detail));

@@ -8,6 +8,7 @@ use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use fleet_core::log::Line;
+use fleet_core::places::{Full, Place};
 use fleet_core::search::{Cursor, MAX_PAGE, Order};
 use futures::{Stream, stream};
 use serde::Serialize;
@@ -90,7 +91,8 @@ impl FromQuery for Export {
     responses(
         (status = 200, description = "The lines.", content((String = "application/x-ndjson"), (String = "text/csv"))),
         (status = 400, description = "The query cannot be read.", body = Document, content_type = "application/problem+json"),
-        (status = 503, description = "There are too many searches at once, or it took too long.", body = Document, content_type = "application/problem+json"),
+        (status = 429, description = "The user exports too much at once.", body = Document, content_type = "application/problem+json"),
+        (status = 503, description = "The server has too many exports or searches at once, or it took too long.", body = Document, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn export(
@@ -102,7 +104,9 @@ pub(crate) async fn export(
         Format::Ndjson => ("application/x-ndjson", "logs.ndjson"),
         Format::Csv => ("text/csv; charset=utf-8", "logs.csv"),
     };
-    let mut exporting = Exporting { app, caller, asked, format, after: None, lines: 0, complete: true, ended: false };
+    let place = app.exports.take(caller.id).map_err(too_many)?;
+    let mut exporting =
+        Exporting { app, caller, asked, format, after: None, lines: 0, complete: true, ended: false, _place: place };
     // A query that cannot be answered is refused while there is a status to say so.
     let first = exporting.next().await?;
     let head = if format == Format::Csv { CSV_HEAD.to_owned() } else { String::new() };
@@ -112,6 +116,13 @@ pub(crate) async fn export(
         (header::CONTENT_DISPOSITION, format!("attachment; filename={name}")),
     ];
     Ok((headers, Body::from_stream(rest)).into_response())
+}
+
+fn too_many(full: Full) -> Problem {
+    match full {
+        Full::All => Problem::new(503, "too-many-exports", "the server has too many exports: try again shortly"),
+        Full::OfUser => Problem::new(429, "too-many-exports", "you have too many exports: wait for the end of one"),
+    }
 }
 
 /// Where an export is.
@@ -124,6 +135,8 @@ struct Exporting {
     lines: u64,
     complete: bool,
     ended: bool,
+    /// Its own until the last page is taken, or the reader has gone.
+    _place: Place,
 }
 
 /// A page at a time: a slow reader keeps neither a connection to the database nor a search.

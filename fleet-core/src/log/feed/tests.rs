@@ -1,5 +1,7 @@
 //! What tails promise, over rows.
 
+use std::collections::HashMap;
+
 use prometheus::Registry;
 use tokio::time::timeout;
 

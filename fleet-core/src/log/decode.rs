@@ -121,7 +121,8 @@ impl Line {
     fn field(&mut self, name: &str, value: &Value, depth: usize) {
         match value {
             Value::Null => {}
-            Value::Object(members) if depth < MAX_DEPTH => {
+            // Below a name that is too long there is none that fits.
+            Value::Object(members) if depth < MAX_DEPTH && name.len() <= MAX_FIELD_NAME_BYTES => {
                 for (inner, value) in members {
                     self.field(&format!("{name}.{inner}"), value, depth + 1);
                 }

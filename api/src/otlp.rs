@@ -1,11 +1,10 @@
 //! Logs as OpenTelemetry sends them over HTTP (OTLP 1.x): requests read, answers written, in Protobuf and JSON.
 //!
 //! Holds: an answer is in the encoding of its request, a refusal too (`google.rpc.Status`); no body takes more memory than its bounds
-//! say, compressed or not. [`record`] says what of a record becomes which part of a line.
+//! say, compressed or not, and neither does what is read of it ([`size`]). [`record`] says what of a record becomes which part of a line.
 //! Ignorant of: who may send, and where lines are kept.
 
 use std::io::Read;
-
 use std::time::Duration;
 
 use axum::body::Bytes;
@@ -28,11 +27,17 @@ use tokio::sync::Semaphore;
 use crate::problem::Problem;
 
 pub(crate) mod record;
+pub(crate) mod size;
 #[cfg(test)]
 mod tests;
 
 /// Where it is sent to.
 pub(crate) const PATH: &str = "/v1/logs";
+
+/// The parts of a request in Protobuf may take so many times its largest body in memory: as much as the smallest that say something do.
+const GROWTH_OF_PROTOBUF: usize = 8;
+/// The same for JSON, where it is told less exactly.
+const GROWTH_OF_JSON: usize = 16;
 
 /// What takes the requests.
 pub(crate) struct Receiver {
@@ -93,13 +98,17 @@ impl Encoding {
         })
     }
 
-    /// Reads a request.
-    pub(crate) fn read(self, body: &[u8]) -> Result<ExportLogsServiceRequest, Problem> {
-        let read = match self {
-            Self::Protobuf => ExportLogsServiceRequest::decode(body).map_err(|error| error.to_string()),
-            Self::Json => serde_json::from_slice(body).map_err(|error| error.to_string()),
+    /// Reads a request that has at most `most` bytes, unless its parts would take many times as much.
+    pub(crate) fn read(self, body: &[u8], most: usize) -> Result<ExportLogsServiceRequest, Problem> {
+        let fits = match self {
+            Self::Protobuf => size::of_protobuf(body, most.saturating_mul(GROWTH_OF_PROTOBUF)).map_err(unreadable)?,
+            Self::Json => size::of_json(body, most.saturating_mul(GROWTH_OF_JSON)),
         };
-        read.map_err(|error| Problem::new(400, "invalid", format!("expected an ExportLogsServiceRequest: {error}")))
+        fits.ok_or_else(|| Problem::new(413, "body-too-large", "the body has too many parts: send less at once"))?;
+        match self {
+            Self::Protobuf => ExportLogsServiceRequest::decode(body).map_err(unreadable),
+            Self::Json => serde_json::from_slice(body).map_err(unreadable),
+        }
     }
 
     /// The answer to a request of which all but `rejected` records are stored.
@@ -130,6 +139,10 @@ impl Encoding {
             Self::Json => json!({ "code": status.code, "message": status.message }).to_string().into_bytes(),
         }
     }
+}
+
+fn unreadable(error: impl std::fmt::Display) -> Problem {
+    Problem::new(400, "invalid", format!("expected an ExportLogsServiceRequest: {error}"))
 }
 
 /// In which encoding a request wants its answer, when it is one of this protocol.

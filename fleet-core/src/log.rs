@@ -50,6 +50,8 @@ pub const MAX_FIELDS_BYTES: usize = 32 * 1024;
 /// Longest target and trace id, in bytes; a longer one is cut.
 pub const MAX_NAME_BYTES: usize = 256;
 
+/// What a line costs in memory beside its texts.
+const LINE_BYTES: usize = 256;
 /// How far back a clamped line that comes again is recognised.
 const CLAMP_MEMORY_MS: i64 = 7 * 24 * 3_600_000;
 
@@ -134,11 +136,11 @@ pub struct Record {
 }
 
 impl Record {
-    /// About what it takes in memory beside itself.
-    fn bytes(&self) -> usize {
+    /// About what it takes in memory.
+    pub fn bytes(&self) -> usize {
         let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
         let fields = self.fields.iter().map(|(name, value)| 64 + name.len() + weight(value)).sum::<usize>();
-        self.message.len() + text(&self.target) + text(&self.trace) + fields
+        LINE_BYTES + self.message.len() + text(&self.target) + text(&self.trace) + fields
     }
 }
 

@@ -3,7 +3,7 @@
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use fleet_core::level::Level;
-use fleet_core::log::Record;
+use fleet_core::log::{MAX_FIELDS, Record};
 use opentelemetry_proto::tonic::common::v1::any_value::Value as Any;
 use opentelemetry_proto::tonic::common::v1::{AnyValue, InstrumentationScope, KeyValue};
 use opentelemetry_proto::tonic::logs::v1::LogRecord;
@@ -17,12 +17,15 @@ const OTHERWISE: [&str; 2] = ["service.instance.id", "host.name"];
 
 const NANOS_A_MS: u64 = 1_000_000;
 
-/// Names that a record may belong to, the most particular first.
-pub(crate) fn names<'a>(record: &'a LogRecord, resource: Option<&'a Resource>) -> impl Iterator<Item = &'a str> {
-    let own = text_of(&record.attributes, DEVICE_ID);
+/// Names that the records of a resource may belong to, the most particular first.
+pub(crate) fn names_of_resource(resource: Option<&Resource>) -> Vec<&str> {
     let attributes = resource.map_or(&[][..], |resource| &resource.attributes);
-    let of_resource = std::iter::once(DEVICE_ID).chain(OTHERWISE);
-    own.into_iter().chain(of_resource.filter_map(move |name| text_of(attributes, name)))
+    std::iter::once(DEVICE_ID).chain(OTHERWISE).filter_map(|name| text_of(attributes, name)).collect()
+}
+
+/// Names that a record may belong to: its own before those of its resource.
+pub(crate) fn names<'a>(record: &'a LogRecord, of_resource: &'a [&'a str]) -> impl Iterator<Item = &'a str> {
+    text_of(&record.attributes, DEVICE_ID).into_iter().chain(of_resource.iter().copied())
 }
 
 fn text_of<'a>(attributes: &'a [KeyValue], name: &str) -> Option<&'a str> {
@@ -79,8 +82,13 @@ fn body(body: Option<AnyValue>, event_name: &str) -> (String, Vec<(String, Value
     }
 }
 
+/// Attributes that many records share. Each has a copy of its own, so there are no more than a line keeps, and one by which it is marked
+/// as cut, whatever becomes of [`DEVICE_ID`].
 fn within<'a>(what: &'a str, attributes: &'a [KeyValue]) -> impl Iterator<Item = (String, Value)> + use<'a> {
-    attributes.iter().map(move |attribute| (format!("{what}.{}", attribute.key), json(attribute.value.clone())))
+    attributes
+        .iter()
+        .take(MAX_FIELDS + 2)
+        .map(move |attribute| (format!("{what}.{}", attribute.key), json(attribute.value.clone())))
 }
 
 /// A trace or span id; one of zeros is none.

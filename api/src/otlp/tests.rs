@@ -45,6 +45,9 @@ const EXAMPLE: &str = r#"{
   }]
 }"#;
 
+/// Largest body.
+const MOST: usize = 100_000;
+
 fn lines(request: ExportLogsServiceRequest) -> Vec<fleet_core::log::Record> {
     let mut lines = Vec::new();
     for resource in request.resource_logs {
@@ -63,11 +66,11 @@ fn fields(line: &fleet_core::log::Record) -> Value {
 
 #[test]
 fn the_example_of_the_specification_is_read_in_both_encodings() {
-    let request = Encoding::Json.read(EXAMPLE.as_bytes()).unwrap();
-    assert_eq!(Encoding::Protobuf.read(&request.encode_to_vec()).unwrap(), request);
+    let request = Encoding::Json.read(EXAMPLE.as_bytes(), MOST).unwrap();
+    assert_eq!(Encoding::Protobuf.read(&request.encode_to_vec(), MOST).unwrap(), request);
     let record = &request.resource_logs[0].scope_logs[0].log_records[0];
-    let names = record::names(record, request.resource_logs[0].resource.as_ref()).collect::<Vec<_>>();
-    assert_eq!(names, ["boiler-1"]);
+    let of_resource = record::names_of_resource(request.resource_logs[0].resource.as_ref());
+    assert_eq!(record::names(record, &of_resource).collect::<Vec<_>>(), ["boiler-1"]);
     let lines = lines(request);
     let (first, second) = (&lines[0], &lines[1]);
     assert_eq!((first.ts_ms, first.told_apart_by, first.level), (Some(1_544_712_660_300), 7, Level::Info));
@@ -94,11 +97,10 @@ fn a_device_is_named_by_the_record_then_by_its_resource() {
         "resource": { "attributes": resource },
         "scopeLogs": [{ "logRecords": [{ "attributes": [attribute("device.id", "own")] }, {}] }],
     }] });
-    let request = Encoding::Json.read(request.to_string().as_bytes()).unwrap();
+    let request = Encoding::Json.read(request.to_string().as_bytes(), MOST).unwrap();
     let resource = &request.resource_logs[0];
-    let names = |nth: usize| {
-        record::names(&resource.scope_logs[0].log_records[nth], resource.resource.as_ref()).collect::<Vec<_>>()
-    };
+    let of_resource = record::names_of_resource(resource.resource.as_ref());
+    let names = |nth: usize| record::names(&resource.scope_logs[0].log_records[nth], &of_resource).collect::<Vec<_>>();
     assert_eq!(names(0), ["own", "device.id", "service.instance.id", "host.name"]);
     assert_eq!(names(1), ["device.id", "service.instance.id", "host.name"]);
 }
@@ -123,14 +125,14 @@ fn a_body_is_inflated_up_to_its_bound() {
 proptest! {
     #[test]
     fn any_bytes_are_read_or_refused(body in prop::collection::vec(any::<u8>(), 0..200), flips in prop::collection::vec((0_usize..400, any::<u8>()), 0..8)) {
-        let mut near = Encoding::Json.read(EXAMPLE.as_bytes()).unwrap().encode_to_vec();
+        let mut near = Encoding::Json.read(EXAMPLE.as_bytes(), MOST).unwrap().encode_to_vec();
         for (at, byte) in flips {
             let at = at % near.len();
             near[at] = byte;
         }
         for body in [body, near] {
             for (_, encoding) in Encoding::ALL {
-                if let Ok(request) = encoding.read(&body) {
+                if let Ok(request) = encoding.read(&body, MOST) {
                     for line in lines(request) {
                         prop_assert!(line.told_apart_by < 1_000_000);
                     }

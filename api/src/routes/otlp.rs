@@ -38,7 +38,7 @@ const TOLD_CHARS: usize = 64;
         (status = 400, description = "It cannot be read"),
         (status = 401, description = "No token, or none that is valid"),
         (status = 403, description = "The permission is missing"),
-        (status = 413, description = "Too large, also when it is not compressed any more, or too many records: send less at once"),
+        (status = 413, description = "Too large, also when it is not compressed any more, or too many records, parts or bytes of lines: send less at once"),
         (status = 415, description = "Neither Protobuf nor JSON, or compressed otherwise"),
         (status = 429, description = "As much waits as may: come again after `Retry-After`"),
         (status = 503, description = "The database is away: come again after `Retry-After`"),
@@ -54,14 +54,14 @@ pub(crate) async fn ingest(
     let headers = request.headers().clone();
     let reading = app.otlp.reading.try_acquire().map_err(|_| busy())?;
     let most = app.otlp.settings.max_body_bytes;
-    let read = encoding.read(&inflated(&headers, body(request, &app, most).await?, most)?)?;
+    let read = encoding.read(&inflated(&headers, body(request, &app, most).await?, most)?, most)?;
     let records = count(&read);
     if records > app.otlp.settings.max_records {
         let detail = format!("{records} records: expected at most {} in a request", app.otlp.settings.max_records);
         return Err(Problem::new(413, "body-too-large", detail));
     }
     let known = devices(&read, &caller, &app).await?;
-    let (lines, unknown) = lines(read, &known);
+    let (lines, unknown) = lines(read, &known, app.otlp.settings.queue_bytes)?;
     drop(reading);
     let outcome = app.otlp.intake.store(lines).await?;
     app.otlp.unknown.inc_by(unknown.records);
@@ -96,9 +96,11 @@ async fn devices(
 ) -> Result<HashMap<String, DeviceKey>, Problem> {
     let mut names = HashSet::new();
     for resource in &request.resource_logs {
+        let of_resource = record::names_of_resource(resource.resource.as_ref());
         for record in resource.scope_logs.iter().flat_map(|scope| &scope.log_records) {
-            names.extend(record::names(record, resource.resource.as_ref()));
+            names.extend(record::names(record, &[]));
         }
+        names.extend(of_resource);
     }
     let names = names.into_iter().filter_map(|name| DeviceId::try_from(name.to_owned()).ok()).collect::<Vec<_>>();
     if names.is_empty() {
@@ -116,25 +118,38 @@ struct Unknown {
     first: Option<String>,
 }
 
-fn lines(request: ExportLogsServiceRequest, known: &HashMap<String, DeviceKey>) -> (Vec<(DeviceKey, Record)>, Unknown) {
-    let (mut lines, mut unknown) = (Vec::new(), Unknown::default());
+/// The lines of a request, unless they take more than `most` bytes: each has a copy of what its resource says.
+fn lines(
+    request: ExportLogsServiceRequest,
+    known: &HashMap<String, DeviceKey>,
+    most: usize,
+) -> Result<(Vec<(DeviceKey, Record)>, Unknown), Problem> {
+    let (mut lines, mut unknown, mut bytes) = (Vec::new(), Unknown::default(), 0);
     for resource in request.resource_logs {
         let from = resource.resource.as_ref();
+        let of_resource = record::names_of_resource(from);
         for scope in resource.scope_logs {
             for record in scope.log_records {
-                let device = record::names(&record, from).find_map(|name| known.get(name).copied());
+                let device = record::names(&record, &of_resource).find_map(|name| known.get(name).copied());
                 if let Some(device) = device {
-                    lines.push((device, record::line(record, from, scope.scope.as_ref())));
+                    let line = record::line(record, from, scope.scope.as_ref());
+                    bytes += line.bytes();
+                    if bytes > most {
+                        let detail = format!("the lines take more than {most} bytes: send fewer records at once");
+                        return Err(Problem::new(413, "body-too-large", detail));
+                    }
+                    lines.push((device, line));
                 } else {
                     unknown.records += 1;
-                    let named =
-                        || record::names(&record, from).next().unwrap_or_default().chars().take(TOLD_CHARS).collect();
-                    unknown.first.get_or_insert_with(named);
+                    unknown.first.get_or_insert_with(|| {
+                        let named = record::names(&record, &of_resource).next().unwrap_or_default();
+                        named.chars().take(TOLD_CHARS).collect()
+                    });
                 }
             }
         }
     }
-    (lines, unknown)
+    Ok((lines, unknown))
 }
 
 /// Why records are rejected, for whoever reads the log of the exporter.

@@ -27,6 +27,7 @@ mod login_sessions;
 mod logs;
 mod matrix;
 mod oidc;
+mod otlp;
 mod passwords;
 mod policies;
 mod questions;

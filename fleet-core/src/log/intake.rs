@@ -25,8 +25,6 @@ const MAX_WAITING: usize = 1000;
 const COMMIT_WITHIN: Duration = Duration::from_secs(20);
 /// How often it is looked for suppressed lines that nobody has told of.
 const TELL_EVERY: Duration = Duration::from_secs(1);
-/// What a line costs in memory beside its texts.
-const LINE_BYTES: usize = 256;
 
 /// Bounds of an [`Intake`].
 #[derive(Debug, Clone)]
@@ -160,7 +158,7 @@ impl Intake {
         &self,
         lines: Vec<(DeviceKey, Record)>,
     ) -> Result<oneshot::Receiver<Result<Outcome, NotStored>>, NotStored> {
-        let bytes = lines.iter().map(|(_, record)| LINE_BYTES + record.bytes()).sum::<usize>();
+        let bytes = lines.iter().map(|(_, record)| record.bytes()).sum::<usize>();
         // One larger than the whole queue takes all of it, alone.
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(self.max_bytes);
         let room = self.room.clone().try_acquire_many_owned(bytes).map_err(|_| NotStored::Full)?;

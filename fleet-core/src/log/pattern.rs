@@ -41,7 +41,8 @@ impl Pattern {
 
 /// The pattern of a message.
 pub fn of(message: &str) -> Pattern {
-    let mut reader = Reader { rest: message, before: None, text: String::new(), unclosed: [false; QUOTES.len()] };
+    let mut reader =
+        Reader { rest: message, before: None, text: String::new(), unclosed: [false; QUOTES.len()], colons: None };
     while reader.text.len() < MAX_BYTES && reader.step() {}
     let mut text = reader.text;
     text.truncate(text.trim_end().len());
@@ -58,6 +59,54 @@ struct Reader<'a> {
     text: String,
     /// Quotes of which no other one follows, so that nobody looks for it twice.
     unclosed: [bool; QUOTES.len()],
+    /// The run of hexadecimal digits and colons that was looked at last, so that nobody looks through it twice.
+    colons: Option<Colons>,
+}
+
+/// Where in a run of hexadecimal digits and colons an address may begin; each place is told by how much of the message is left there.
+#[derive(Debug, Clone, Copy)]
+struct Colons {
+    /// Behind the run.
+    end: usize,
+    /// Whether a word goes on behind it.
+    is_open: bool,
+    /// From its last group of more than four digits on, no address begins before the end of that group.
+    long: Option<usize>,
+    /// The last digit: without one there is no address.
+    digit: Option<usize>,
+    /// The last colon but one: there must be two.
+    colon: Option<usize>,
+}
+
+impl Colons {
+    /// Of the run that a text begins with.
+    fn of(rest: &str) -> Self {
+        let length = rest.bytes().take_while(|b| b.is_ascii_hexdigit() || *b == b':').count();
+        let (run, behind) = rest.split_at(length);
+        let left = |at: usize| rest.len() - at;
+        let (mut at, mut long) = (0, None);
+        for digits in groups(run.as_bytes(), b':') {
+            if digits > 4 {
+                long = Some(left(at));
+            }
+            at += digits + 1;
+        }
+        Self {
+            end: behind.len(),
+            is_open: behind.chars().next().is_some_and(is_part),
+            long,
+            digit: run.rfind(|c: char| c.is_ascii_hexdigit()).map(left),
+            colon: run.rmatch_indices(':').nth(1).map(|(at, _)| left(at)),
+        }
+    }
+
+    /// Whether the run from where so much is left is an address.
+    fn is_address(self, left: usize) -> bool {
+        !self.is_open
+            && self.long.is_none_or(|long| left < long)
+            && self.digit.is_some_and(|digit| digit <= left)
+            && self.colon.is_some_and(|colon| colon <= left)
+    }
 }
 
 impl Reader<'_> {
@@ -132,22 +181,21 @@ impl Reader<'_> {
     }
 
     /// How long the UUID, or the IPv6 or hardware address is that begins here.
-    fn address(&self) -> Option<usize> {
+    fn address(&mut self) -> Option<usize> {
         let bytes = self.rest.as_bytes();
         let is_begin = self.is_at_start_of_word() && (bytes[0].is_ascii_hexdigit() || bytes[0] == b':');
         if !is_begin {
             return None;
         }
-        let length = bytes.iter().take_while(|b| b.is_ascii_hexdigit() || **b == b'-').count();
+        let length = bytes.iter().take(37).take_while(|b| b.is_ascii_hexdigit() || **b == b'-').count();
         if length == 36 && groups(&bytes[..36], b'-').eq([8, 4, 4, 4, 12]) {
             return Some(36);
         }
-        let length = bytes.iter().take_while(|b| b.is_ascii_hexdigit() || **b == b':').count();
-        let (address, behind) = self.rest.split_at(length);
-        let is_whole = behind.chars().next().is_none_or(|c| !is_part(c));
-        let colons = address.bytes().filter(|b| *b == b':').count();
-        let fits = groups(address.as_bytes(), b':').all(|digits| digits <= 4) && colons < length;
-        (is_whole && colons >= 2 && fits).then_some(length)
+        let left = self.rest.len();
+        let known = self.colons.filter(|colons| colons.end < left);
+        let colons = known.unwrap_or_else(|| Colons::of(self.rest));
+        self.colons = Some(colons);
+        colons.is_address(left).then(|| left - colons.end)
     }
 
     /// How long the number is that begins here with a sign.
@@ -273,7 +321,28 @@ mod tests {
         ])
     }
 
+    /// How long the address is that a text begins with, by its definition.
+    fn address(text: &str) -> Option<usize> {
+        let length = text.bytes().take_while(|b| b.is_ascii_hexdigit() || *b == b':').count();
+        let (address, behind) = text.split_at(length);
+        let colons = address.matches(':').count();
+        let fits = address.split(':').all(|digits| digits.len() <= 4) && (2..length).contains(&colons);
+        (fits && !behind.starts_with(is_part)).then_some(length)
+    }
+
     proptest! {
+        #[test]
+        fn an_address_is_known_wherever_the_run_is_looked_at(text in "[a-f0-9:z .\\[]{1,40}") {
+            let mut reader = Reader { rest: &text, before: None, text: String::new(), unclosed: [false; 3], colons: None };
+            while let Some(c) = reader.rest.chars().next() {
+                if reader.is_at_start_of_word() && (c.is_ascii_hexdigit() || c == ':') {
+                    let wanted = address(reader.rest);
+                    prop_assert_eq!(reader.address(), wanted, "{:?} of {:?}", reader.rest, text);
+                }
+                reader.pass(c.len_utf8());
+            }
+        }
+
         #[test]
         fn any_text_has_a_pattern(text in any::<String>()) {
             let once = of(&text);

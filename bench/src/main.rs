@@ -18,6 +18,10 @@ use std::time::{Duration, Instant};
 use clap::{Parser, Subcommand};
 use server::Kind;
 
+// As the server has it: what is measured in this process is the server's code.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Muster measured beside mosquitto, rumqttd and psql.
 #[derive(Parser)]
 struct Args {

@@ -67,10 +67,12 @@ FUZZ_FLAGS := --cfg fuzzing -Cdebug-assertions -Cpasses=sancov-module -Cllvm-arg
 
 .PHONY: fuzz
 SECONDS ?= 600
-fuzz: setup ## Attack the MQTT decoder, then a server's connections and sessions (SECONDS=600 each, SEED=…)
+fuzz: setup ## Attack the decoders and the query parser, then a server's connections and sessions (SECONDS=600 each, SEED=…)
 	RUSTFLAGS="$(FUZZ_FLAGS)" $(IN_TARGET) cargo build --locked --target $(HOST) --manifest-path broker/fuzz/Cargo.toml
-	@mkdir -p $(TARGET)/corpus
-	$(TARGET)/$(HOST)/debug/decoder -max_total_time=$(SECONDS) -print_final_stats=1 -artifact_prefix=$(TARGET)/ $(TARGET)/corpus
+	for target in decoder log_payload query; do \
+	  mkdir -p $(TARGET)/corpus/$$target && $(TARGET)/$(HOST)/debug/$$target -max_total_time=$(SECONDS) -print_final_stats=1 \
+	    -artifact_prefix=$(TARGET)/$$target- $(TARGET)/corpus/$$target || exit 1; \
+	done
 	cargo nextest run --locked --workspace --no-run
 	MUSTER_FUZZ_SECONDS=$(SECONDS) MUSTER_FUZZ_SEED=$(SEED) $(TARGET)/debug/with-postgres -- \
 	  cargo nextest run --locked -p muster --profile soak --no-capture --run-ignored only fuzz::

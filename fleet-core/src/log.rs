@@ -69,11 +69,15 @@ impl Cut {
 
     /// Text as PostgreSQL takes it, at most `most` bytes; notes `what` when it was longer.
     fn text(&mut self, text: &str, most: usize, what: i16) -> String {
-        let kept = &text[..text.floor_char_boundary(most)];
-        if kept.len() < text.len() {
+        let room = text.floor_char_boundary(most);
+        let mut kept = text[..room].replace('\0', "\u{fffd}");
+        let whole = kept.len();
+        // What stands for U+0000 is longer.
+        kept.truncate(kept.floor_char_boundary(most));
+        if room < text.len() || kept.len() < whole {
             self.add(what);
         }
-        kept.replace('\0', "\u{fffd}")
+        kept
     }
 
     /// Whether anything was.
@@ -114,6 +118,29 @@ pub struct Batch {
     sent_at_ms: Vec<Option<i64>>,
     /// Lines left out by device, because it logs more than it may.
     suppressed: BTreeMap<i64, i64>,
+}
+
+/// A line of a [`Batch`], as it will be stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row<'a> {
+    /// When it was written, in milliseconds since the epoch; that of receipt where its clock ran ahead.
+    pub ts_ms: i64,
+    /// Its number, or a negative one that stands in for it.
+    pub seq: i64,
+    /// How much it matters, as a number.
+    pub level: i16,
+    /// The part of the program that wrote it.
+    pub target: Option<&'a str>,
+    /// What it says.
+    pub message: &'a str,
+    /// What it belongs to.
+    pub trace: Option<&'a str>,
+    /// What else it says, as a JSON object.
+    pub fields: Option<&'a str>,
+    /// What of it was too much.
+    pub cut: Cut,
+    /// The device's own time where it ran ahead.
+    pub sent_at_ms: Option<i64>,
 }
 
 /// A line whose parts are known one by one.
@@ -162,6 +189,21 @@ impl Batch {
     /// Whether there is nothing to store.
     pub fn is_empty(&self) -> bool {
         self.device.is_empty()
+    }
+
+    /// The lines, in the order in which they came.
+    pub fn rows(&self) -> impl Iterator<Item = Row<'_>> {
+        (0..self.len()).map(|nth| Row {
+            ts_ms: self.ts_ms[nth],
+            seq: self.seq[nth],
+            level: self.level[nth],
+            target: self.target[nth].as_deref(),
+            message: &self.message[nth],
+            trace: self.trace[nth].as_deref(),
+            fields: self.fields[nth].as_deref(),
+            cut: Cut(self.cut[nth]),
+            sent_at_ms: self.sent_at_ms[nth],
+        })
     }
 
     /// Lines whose clock ran ahead and that got the time of receipt instead.

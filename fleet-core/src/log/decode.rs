@@ -119,6 +119,7 @@ fn whole(name: &str, value: &Value, most: i64) -> Result<i64, String> {
 impl Line {
     /// Takes a field; one that is an object becomes its members, with names joined by dots.
     fn field(&mut self, name: &str, value: &Value, depth: usize) {
+        let name = name.replace('\0', "\u{fffd}");
         match value {
             Value::Null => {}
             // Below a name that is too long there is none that fits.
@@ -131,7 +132,6 @@ impl Line {
                 self.cut.add(Cut::FIELDS);
             }
             _ => {
-                let name = name.replace('\0', "\u{fffd}");
                 let value = self.value(value);
                 self.fields.insert(name, value);
             }
@@ -155,8 +155,10 @@ impl Line {
 
     /// Leaves out fields that would make them take more than they may, in the order of their names.
     fn bound_fields(&mut self) {
-        let bytes = |name: &String, value: &Value| name.len() + value.to_string().len() + 4;
-        let mut left = MAX_FIELDS_BYTES;
+        let json_bytes = |value: &Value| value.to_string().len();
+        // With a colon and a comma, which the first does without, and a brace at each end.
+        let bytes = |name: &str, value: &Value| json_bytes(&Value::from(name)) + json_bytes(value) + 2;
+        let mut left = MAX_FIELDS_BYTES - 1;
         let before = self.fields.len();
         self.fields.retain(|name, value| {
             let rest = left.checked_sub(bytes(name, value));
@@ -243,6 +245,18 @@ mod tests {
         );
         let line = read(&json!({ "message": "x", "fields": { "n".repeat(MAX_FIELD_NAME_BYTES + 1): 1 } }).to_string());
         assert_eq!((line.fields.len(), line.cut.is_any()), (0, true));
+        // What stands for U+0000 takes more room than it, and so does a name in JSON.
+        let names = (0..3).map(|n| "\0".repeat(MAX_FIELD_NAME_BYTES / 3 + n)).map(|name| (name, json!(1)));
+        let nul = json!({ "message": "\0".repeat(MAX_MESSAGE_BYTES), "target": "\0".repeat(MAX_NAME_BYTES), "fields": names.collect::<Map<_, _>>() });
+        let line = read(&nul.to_string());
+        assert!(
+            line.message.len() <= MAX_MESSAGE_BYTES && line.target.is_some_and(|target| target.len() <= MAX_NAME_BYTES)
+        );
+        assert_eq!((line.fields.len(), line.cut.names()), (1, vec!["message", "fields"]));
+        let name = |n: usize| "\u{1}".repeat(MAX_FIELD_NAME_BYTES - n / 8).replacen('\u{1}', &(n % 8).to_string(), 1);
+        let fields = (0..MAX_FIELDS).map(|n| (name(n), json!(1))).collect::<Map<_, _>>();
+        let line = read(&json!({ "message": "x", "fields": fields }).to_string());
+        assert!(Value::Object(line.fields).to_string().len() <= MAX_FIELDS_BYTES && line.cut.names() == ["fields"]);
         let deep = "{\"a\":".repeat(20) + "1" + &"}".repeat(20);
         let line = read(&format!("{{\"message\":\"x\",\"fields\":{deep}}}"));
         assert_eq!(line.fields.len(), 1);

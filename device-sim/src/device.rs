@@ -239,7 +239,10 @@ impl Device {
 
     /// When the next line is due, if one is still to be written.
     fn next_line(&self) -> Option<Instant> {
-        self.before_the_end(self.setup.start + self.offset + self.setup.line_interval? * self.written)
+        let interval = self.setup.line_interval?;
+        // Lines are spread over their own interval, as readings are over theirs.
+        let offset = interval.mul_f64(self.offset.div_duration_f64(self.setup.interval));
+        self.before_the_end(self.setup.start + offset + interval * self.written)
     }
 
     fn before_the_end(&self, due: Instant) -> Option<Instant> {

@@ -177,7 +177,7 @@ impl Command {
         };
         Some(match self.state {
             State::Queued if status.is_some_and(|status| status.state.as_str() == "online") => {
-                "the device is connected, and does not listen on commands/+/request".to_owned()
+                "the device is connected: it is sent as soon as it listens on commands/+/request".to_owned()
             }
             State::Queued => format!("{}: it is sent when the device connects", seen()),
             State::Sent => format!("it was sent, and the device has not acknowledged it; {}", seen()),

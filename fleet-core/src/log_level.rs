@@ -4,20 +4,22 @@
 //! again afterwards, once, whichever process does it and whatever was killed meanwhile; what somebody else has desired since then stays.
 //! Ignorant of: MQTT, HTTP, how devices log.
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::{Value, json};
 use sqlx::{PgConnection, PgPool};
 
 use crate::audit::{self, Author, Entry};
 use crate::config;
 use crate::dispatch::{self, Kind};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::id::{DeviceId, DeviceKey, TenantKey};
 use crate::level::Level;
 use crate::shadow::{self, Change, Document, Shadow};
 
 /// Levels that one call of [`work`] ends.
 pub const MAX_WORK: i64 = 100;
+/// A level that cannot be put back is tried again so much later.
+const RETRY_AFTER: TimeDelta = TimeDelta::minutes(1);
 
 /// A level that ends by itself.
 #[derive(Debug, Clone, PartialEq)]
@@ -193,16 +195,40 @@ pub async fn work(db: &PgPool, settings: &config::Shadow, now: DateTime<Utc>) ->
     .await?;
     let mut ended = 0;
     for due in due {
-        let mut tx = db.begin().await?;
-        let Some((before, after)) = end_from(&mut tx, due.device, Some(now), "log level", settings, now).await? else {
-            continue;
-        };
-        let entry = Entry::of("log-level.end", &due.id).on(&due.id).before(&told(&before)).after(&told(&after));
-        audit::record(&mut tx, &Author::system(due.tenant, "log level"), &entry, now).await?;
-        tx.commit().await?;
-        ended += 1;
+        match end_due(db, (due.tenant, due.device, &due.id), settings, now).await {
+            Ok(is_ended) => ended += u64::from(is_ended),
+            Err(error @ Error::Database(_)) => return Err(error),
+            // Whose shadow has no room for what was before must not keep others waiting.
+            Err(error) => {
+                tracing::warn!(%error, device.id = %due.id, "a log level cannot be put back; it is tried again later");
+                put_off(db, due.device, now).await?;
+            }
+        }
     }
     Ok(ended)
+}
+
+async fn end_due(
+    db: &PgPool,
+    (tenant, device, id): (TenantKey, DeviceKey, &DeviceId),
+    settings: &config::Shadow,
+    now: DateTime<Utc>,
+) -> Result<bool> {
+    let mut tx = db.begin().await?;
+    let ended = end_from(&mut tx, device, Some(now), "log level", settings, now).await?;
+    let Some((before, after)) = ended else { return Ok(false) };
+    let entry = Entry::of("log-level.end", id).on(id).before(&told(&before)).after(&told(&after));
+    audit::record(&mut tx, &Author::system(tenant, "log level"), &entry, now).await?;
+    tx.commit().await?;
+    Ok(true)
+}
+
+async fn put_off(db: &PgPool, device: DeviceKey, now: DateTime<Utc>) -> Result<()> {
+    let until = now + RETRY_AFTER;
+    let put_off =
+        sqlx::query!("update log_level set until = $2 where device_key = $1 and until <= $3", device.0, until, now);
+    put_off.execute(db).await?;
+    Ok(())
 }
 
 /// What is to be known of a level, for the audit.
@@ -213,8 +239,6 @@ pub fn told(level: &LogLevel) -> Value {
 
 #[cfg(test)]
 mod tests {
-    use chrono::TimeDelta;
-
     use super::*;
     use crate::clock::from_ms;
     use crate::device::{NewDevice, enrol};
@@ -291,6 +315,24 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(audited, ["log level log-level.end"; 4]);
+    }
+
+    #[tokio::test]
+    async fn a_level_that_cannot_be_put_back_is_tried_again_and_keeps_nobody_waiting() {
+        let boiler = Boiler::new().await;
+        let new = NewDevice::named("boiler-2".parse().unwrap());
+        let mut conn = boiler.db.pool().acquire().await.unwrap();
+        let (other, _) = enrol(&mut conn, boiler.db.tenant(), &new, noon(0)).await.unwrap();
+        boiler.desire(json!({ "log": { "level": "x".repeat(500) } })).await;
+        boiler.set(Level::Debug, 0, 10).await;
+        boiler.desire(json!({ "note": "x".repeat(800) })).await;
+        set(&mut conn, other.key, (Level::Debug, noon(11)), "usr_1", &BOUNDS, noon(0)).await.unwrap();
+        assert_eq!(boiler.work(11).await, 1, "the other one, though its time was up later");
+        assert_eq!(boiler.desired().await["log"]["level"], "debug");
+        assert_eq!(boiler.work(70).await, 0);
+        boiler.desire(json!({ "note": null })).await;
+        assert_eq!(boiler.work(71).await, 1);
+        assert_eq!(boiler.desired().await["log"]["level"], "x".repeat(500));
     }
 
     #[tokio::test]

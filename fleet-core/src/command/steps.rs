@@ -83,21 +83,24 @@ pub async fn to_send(
     Ok(sent.collect())
 }
 
-/// Notes that devices have acknowledged the messages of these commands. One whose device was faster to answer keeps its state.
+/// Notes that devices have acknowledged the messages of these commands. One whose device was faster to answer keeps its state,
+/// with this as evidence.
 pub async fn deliver(db: &mut PgConnection, delivered: &[(DeviceKey, CommandId)], now: DateTime<Utc>) -> Result<u64> {
     let (keys, ids): (Vec<_>, Vec<_>) = delivered.iter().map(|(key, id)| (key.0, id.uuid())).unzip();
+    let acknowledged = json!({ "acknowledged": true });
     let noted = sqlx::query!(
         "
         update command c
            set delivered_at = $3, updated_at = greatest(updated_at, $3), state = case when c.state = 'sent' then 'delivered' else c.state end,
-               steps = steps || $4::jsonb
+               steps = steps || case when c.state = 'sent' then $4::jsonb else $5::jsonb end
           from unnest($1::bigint[], $2::uuid[]) as w (device_key, id)
          where c.id = w.id and c.device_key = w.device_key and c.delivered_at is null and c.sent_to is not null
         ",
         &keys,
         &ids,
         now,
-        json!([step(Some(State::Delivered), now, &json!({ "acknowledged": true }))])
+        json!([step(Some(State::Delivered), now, &acknowledged)]),
+        json!([step(None, now, &acknowledged)])
     );
     Ok(noted.execute(db).await?.rows_affected())
 }
